@@ -1,0 +1,130 @@
+"""The record every room passes on: a `Comparison`, the media in it, and the error a user can mend."""
+
+import hashlib
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 2**26  # 8192 x 8192; checked on the header, before anything is decoded
+
+
+class UserError(Exception):
+    """A mistake in the user's input: one sentence saying what, where and what to do. Exit code 2."""
+
+
+def open_image(medium: Any, *, name: str = "") -> Image.Image:
+    """Decode one picture to upright RGB; transparency is laid on white.
+
+    Args:
+        medium: A PIL image, a path, encoded bytes, or the `{"bytes", "path"}` of `datasets`.
+        name: What to call the picture in an error (file and row); default: its path.
+
+    Raises:
+        UserError: The picture is missing, is not a picture, is cut off, or has over `MAX_PIXELS`.
+    """
+    source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
+    name = name or (str(source) if isinstance(source, str | Path) else "a picture in memory")
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(_stream(source))
+        too_large = math.prod(image.size) > MAX_PIXELS
+        if not too_large:
+            image = _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such picture; check the path.") from None
+    except Image.DecompressionBombError:
+        too_large = True
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise UserError(f"{name}: cannot be decoded ({error}); mend or remove the picture.") from error
+    if too_large:
+        raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller.")
+    return image
+
+
+def _stream(source: Any) -> Any:
+    if isinstance(source, str | Path):
+        return source
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    raise TypeError(f"expected a picture, path or bytes, not {type(source).__name__}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey to its lowest 255 levels
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "RGB":
+        image.load()
+        return image
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K media made for one prompt, and how well each was liked.
+
+    K = 2 is a pair, K > 2 a ranked list, K = 1 a thumb.
+
+    Attributes:
+        id: Unique and stable; its hash keys every random draw.
+        prompt: What was asked for.
+        media: [K] things that `open_image` takes; they stay encoded until used.
+        score: [K] finite numbers, higher is better.
+        weight: Importance, finite and >= 0.
+        user: Whose taste it is, when known.
+        condition: Input pictures or video, when the task has any.
+        source: [K] where each medium came from (a model, a seed), or empty.
+        aspects: Name -> [K] scores of one aspect.
+
+    Raises:
+        UserError: Lengths that differ, or a number that is not finite.
+    """
+
+    id: str
+    prompt: str
+    media: tuple[Any, ...]
+    score: tuple[float, ...]
+    weight: float = 1.0
+    user: str | None = None
+    condition: Any = None
+    source: tuple[str, ...] = ()
+    aspects: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Make tuples of sequences and check lengths and numbers."""
+        where = f"comparison {self.id!r}"
+        if not isinstance(self.id, str) or not self.id:
+            raise UserError(f"{where}: field id must be a non-empty text.")
+        if not isinstance(self.prompt, str):
+            raise UserError(f"{where}: field prompt must be text, not {type(self.prompt).__name__}.")
+        as_tuple = {name: tuple(getattr(self, name)) for name in ("media", "score", "source")}
+        as_tuple["aspects"] = {name: tuple(values) for name, values in self.aspects.items()}
+        for name, value in as_tuple.items():
+            object.__setattr__(self, name, value)
+        if not self.media:
+            raise UserError(f"{where}: field media is empty; give at least one medium.")
+        lengths = {"score": self.score, **({"source": self.source} if self.source else {}), **self.aspects}
+        for name, values in lengths.items():
+            if len(values) != len(self.media):
+                need = len(self.media)
+                raise UserError(f"{where}: field {name} has {len(values)} entries for {need} media.")
+        numbers = {"weight": (self.weight,), "score": self.score, **self.aspects}
+        for name, values in numbers.items():
+            if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+                raise UserError(f"{where}: field {name} must hold finite numbers, not {values}.")
+        if self.weight < 0:
+            raise UserError(f"{where}: field weight is {self.weight}; it must be 0 or more.")
+
+    @cached_property
+    def group(self) -> int:
+        """Stable 63-bit number of this comparison: the key of its random draws, in [0, 2**63)."""
+        digest = hashlib.blake2b(self.id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,135 @@
+"""Files and folders that are either whole or absent: the only place that writes results.
+
+Nothing is written under its final name. It grows under a hidden name beside it, is flushed to the disk,
+and is renamed when complete; so a crash or a full disk leaves the last good version standing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file (UTF-8)."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON, atomically."""
+    with atomic_file(path) as temp:
+        temp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it becomes `path`, on any error it is removed.
+
+    The name's ending is kept, as some writers choose their format by it.
+    """
+    path = Path(path)
+    temp = _partial(path)
+    try:
+        yield temp
+        _flush(temp)
+        os.replace(temp, path)
+        _flush(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a folder to fill; on success it becomes `path`, with a manifest of sizes and hashes.
+
+    An existing folder at `path` is replaced, and stays untouched on any error.
+    """
+    path = Path(path)
+    temp = _partial(path)
+    temp.mkdir()
+    try:
+        yield temp
+        write_json(temp / MANIFEST, _listing(temp))
+        for entry in (*temp.rglob("*"), temp):
+            _flush(entry)
+        _swap(temp, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def verify(folder: str | Path) -> bool:
+    """Whether every file of the folder's manifest is there with its size and hash."""
+    folder = Path(folder)
+    try:
+        listing = read_json(folder / MANIFEST)
+        return all(
+            (folder / name).stat().st_size == entry["size"] and sha256(folder / name) == entry["sha256"]
+            for name, entry in listing.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def newest(folder: str | Path, prefix: str = "checkpoint-") -> Path | None:
+    """The folder `prefix`N with the largest N that verifies, or None."""
+    found = Path(folder).glob(f"{prefix}*")
+    numbered = {int(path.name[len(prefix) :]): path for path in found if path.name[len(prefix) :].isdecimal()}
+    return next((numbered[n] for n in sorted(numbered, reverse=True) if verify(numbered[n])), None)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed writers left half-written. Only for a folder with no other writer."""
+    for path in Path(folder).glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _partial(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{_PARTIAL}{secrets.token_hex(4)}-{path.name}")
+
+
+def _listing(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in files
+    }
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; a folder already there steps aside first, and back if that fails."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = _partial(path)
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep a file's content or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
