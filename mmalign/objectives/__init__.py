@@ -1,0 +1,23 @@
+"""One file a method. An objective is a frozen dataclass: its fields are hyperparameters, calling it is the formula."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from mmalign.objectives.dpo import DiffusionDPO
+from mmalign.objectives.sft import SFT
+from mmalign.surrogate import Draw, Feedback, Likelihood, Path
+
+__all__ = ["SFT", "DiffusionDPO"]
+
+
+class Objective(Protocol):
+    """What the trainer asks of a method."""
+
+    needs: ClassVar[tuple[str, ...]]
+    draw: Draw | None
+
+    def check(self, path: Path | None, feedback: Feedback) -> None: ...
+    def __call__(self, likelihood: Likelihood, feedback: Feedback) -> Tensor: ...

@@ -1,0 +1,24 @@
+"""The likelihood surrogate: the one interface between models, objectives and the trainer."""
+
+from mmalign.surrogate.draws import AnswerTokens, FreshNoise
+from mmalign.surrogate.likelihood import Cond, Draw, Feedback, Keys, Likelihood, Probe, evaluate
+from mmalign.surrogate.paths import Path, RectifiedFlow, VariancePreserving
+from mmalign.surrogate.probes import NoisedProbe, TokenProbe, TransitionProbe
+
+__all__ = [
+    "AnswerTokens",
+    "Cond",
+    "Draw",
+    "Feedback",
+    "FreshNoise",
+    "Keys",
+    "Likelihood",
+    "NoisedProbe",
+    "Path",
+    "Probe",
+    "RectifiedFlow",
+    "TokenProbe",
+    "TransitionProbe",
+    "VariancePreserving",
+    "evaluate",
+]

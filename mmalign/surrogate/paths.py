@@ -1,0 +1,153 @@
+"""From data to noise and back: the two families of probability paths.
+
+For both, x0 is data and t = 0 is clean. VariancePreserving counts t in whole timesteps 0 ... T-1 (diffusion
+models, SD1.5 to PixArt); RectifiedFlow has t in [0, 1] (SD3, FLUX, Wan). All functions take t as [N] and
+broadcast over any latent shape [N, ...], so pictures, video and sound share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [N, 1, ...] with as many dimensions as `like`, in its dtype and on its device."""
+    return values.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Path(Protocol):
+    """A noising process; what draws and probes ask of it."""
+
+    def timesteps(self, u: Tensor) -> Tensor: ...
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def weight(self, t: Tensor) -> Tensor: ...
+    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor: ...
+    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor: ...
+    def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor: ...
+
+    @property
+    def weighted(self) -> bool:
+        """False when w(t) is 1 everywhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise (DDPM, arXiv 2006.11239).
+
+    Attributes:
+        alphas_cumprod: [T], alpha_bar for timestep 0 ... T-1.
+        prediction_type: "epsilon", "v_prediction" or "sample", in diffusers' spelling.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    weighted: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {self.prediction_type!r} is not epsilon, v_prediction or sample")
+
+    def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.alphas_cumprod.to(t.device)[t].to(torch.promote_types(like.dtype, torch.float32))
+        return expand(alpha_bar.sqrt(), like), expand((1 - alpha_bar).sqrt(), like)
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """u in [0, 1) -> uniform integers 0 ... T-1."""
+        return (u * len(self.alphas_cumprod)).long().clamp_(max=len(self.alphas_cumprod) - 1)
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+        signal, sigma = self._scales(t, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is asked to predict."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        signal, sigma = self._scales(t, x0)
+        return signal * noise - sigma * x0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """[N] ones: the official Diffusion-DPO code has no SNR weight."""
+        return torch.ones(t.shape, device=t.device)
+
+    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a prediction implies."""
+        if self.prediction_type == "sample":
+            return prediction
+        signal, sigma = self._scales(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
+
+    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The noise that makes x0 into x_t."""
+        signal, sigma = self._scales(t, x_t)
+        return (x_t - signal * x0) / sigma
+
+    def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The deterministic DDIM step from t to s, in either direction (arXiv 2010.02502, eq. 12, eta = 0)."""
+        x0 = self.denoised(prediction, x_t, t)
+        return self.interpolate(x0, self.implied_noise(x_t, x0, t), s)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """x_t = (1 - t) x0 + t noise, velocity = noise - x0 (arXiv 2209.03003; SD3 arXiv 2403.03206).
+
+    Attributes:
+        weight_name: "uniform", or "epsilon" for (1-t)^2, which makes the error that of the noise.
+        density: "uniform" or "logit-normal" over t.
+        shift: the family's resolution shift, t -> shift t / (1 + (shift - 1) t).
+    """
+
+    weight_name: Literal["uniform", "epsilon"] = "uniform"
+    density: Literal["uniform", "logit-normal"] = "logit-normal"
+    shift: float = 1.0
+
+    @property
+    def weighted(self) -> bool:
+        """False when w(t) is 1 everywhere."""
+        return self.weight_name != "uniform"
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """u in [0, 1) -> t in (0, 1) with the family's density and shift."""
+        t = u.double().clamp(1e-7, 1 - 1e-7)
+        if self.density == "logit-normal":
+            t = torch.sigmoid(torch.special.ndtri(t))
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        return t.to(torch.float32)
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+        t = expand(t, x0)
+        return (1 - t) * x0 + t * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity noise - x0."""
+        return noise - x0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """[N]: 1, or (1-t)^2."""
+        return (1 - t) ** 2 if self.weighted else torch.ones_like(t)
+
+    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a velocity implies."""
+        return x_t - expand(t, x_t) * prediction
+
+    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The noise that makes x0 into x_t."""
+        t = expand(t, x_t)
+        return (x_t - (1 - t) * x0) / t
+
+    def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The Euler step from t to s, in either direction."""
+        return x_t + expand(s - t, x_t) * prediction
