@@ -1,0 +1,141 @@
+"""The scorer interface, its card, and how a name becomes a scorer.
+
+A *family* (a module of this package) holds code: how one kind of model is built, fed and read. A *card*
+(`scorers/NAME/card.yaml`) holds facts: which weights, which preprocessing, which formula, which licence,
+which published accuracy. A new scorer of a known family is therefore one YAML file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mmalign import bundled
+from mmalign.records import UserError
+
+FAMILIES = {"clip": "mmalign.scoring.clip"}  # each module has `load(card, device) -> Scorer`
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts about one scorer, as its `card.yaml` states them.
+
+    Attributes:
+        folder: where the card lies; files it names are relative to it.
+        judges: the kind of medium: image, video, audio or text.
+        model, weights, preprocess, score: read by the family.
+        comparable_across_prompts: whether two scores mean something when their prompts differ.
+        published: accuracy figures, each with its set, metric, value and source.
+    """
+
+    name: str
+    family: str
+    folder: Path
+    judges: str = "image"
+    model: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
+    comparable_across_prompts: bool = False
+    licence: str = "unknown"
+    about: str = ""
+    published: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Card:
+        """Reads `folder/card.yaml`.
+
+        Raises:
+            UserError: the card is missing, is not YAML, lacks name or family, or has an unknown field.
+        """
+        folder = Path(folder)
+        path = folder / "card.yaml"
+        try:
+            facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} has no card.yaml: a scorer's folder needs one (see scorers/)."
+            ) from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        if not isinstance(facts, dict):
+            raise UserError(f"{path} must be a mapping of fields such as name, family and weights.")
+        known = {f.name for f in fields(cls)} - {"folder"}
+        for name in facts:
+            if name not in known:
+                raise UserError(f"{path} has an unknown field {name!r}{nearest(name, known)}.")
+        for name in ("name", "family"):
+            if not isinstance(facts.get(name), str):
+                raise UserError(f"{path} lacks the field {name!r}: add it, for example `{name}: clip`.")
+        facts["published"] = tuple(facts.get("published") or ())
+        return cls(folder=folder, **facts)
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the card names."""
+        return (self.folder / name).resolve()
+
+
+class Scorer(ABC):
+    """Judges media against prompts. Higher is better; what a unit is worth differs between scorers."""
+
+    card: Card
+
+    @abstractmethod
+    def score(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> torch.Tensor:
+        """Scores every medium against its prompt; float32 [N] on the CPU, whatever the batch size.
+
+        Args:
+            media: N media, anything that `mmalign.records.open_image` takes. Opened batch by batch.
+            prompts: N prompts, one a medium.
+            batch_size: how many media are judged at once; it decides speed and memory, not the scores.
+
+        Raises:
+            UserError: the numbers of media and prompts differ, or a medium cannot be read.
+        """
+
+    def aspects(
+        self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32
+    ) -> dict[str, torch.Tensor]:
+        """The parts of the judgement, each float32 [N]; scorers with a single number call it `score`."""
+        return {"score": self.score(media, prompts, batch_size=batch_size)}
+
+
+def list_scorers() -> list[Card]:
+    """The cards of all bundled scorers, by name."""
+    return [Card.read(path.parent) for path in sorted(bundled("scorers").glob("*/card.yaml"))]
+
+
+def load_scorer(name_or_folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+    """Loads a scorer by its bundled name, or from any folder with a `card.yaml`.
+
+    Raises:
+        UserError: no such scorer, a broken card, or weights that are missing, unreachable or not the card's.
+    """
+    given, kept = Path(name_or_folder), bundled("scorers") / str(name_or_folder)
+    folder = given if (given / "card.yaml").is_file() or not (kept / "card.yaml").is_file() else kept
+    if not folder.is_dir():
+        names = [card.name for card in list_scorers()]
+        hint = nearest(str(name_or_folder), names) or f"; bundled: {', '.join(names)}"
+        raise UserError(
+            f"There is no scorer {str(name_or_folder)!r}{hint} (or give a folder with a card.yaml)."
+        )
+    card = Card.read(folder)
+    if card.family not in FAMILIES:
+        raise UserError(
+            f"{folder / 'card.yaml'}: unknown family {card.family!r}{nearest(card.family, FAMILIES)}."
+        )
+    return import_module(FAMILIES[card.family]).load(card, device)
+
+
+def nearest(name: str, known) -> str:
+    """A clause such as `; did you mean 'hpsv2'?`, or nothing when no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,99 @@
+"""Finding a scorer's weights and reading them without running anyone's code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign.records import UserError
+from mmalign.scoring.scorer import Card
+from mmalign.storage import sha256
+
+
+def find(card: Card, source: dict[str, Any]) -> Path:
+    """The local path of `{file}` in the card's folder, or of `{hub, file}` in the Hugging Face cache.
+
+    Raises:
+        UserError: the file is missing, cannot be fetched, or its sha256 is not the card's.
+    """
+    if "file" not in source:
+        raise UserError(
+            f"{card.folder / 'card.yaml'}: the weights need a `file`, and a `hub` if it is to be fetched."
+        )
+    path = fetch(card, source) if "hub" in source else card.path(source["file"])
+    if not path.is_file():
+        raise UserError(f"The weights {path} of scorer {card.name!r} are missing: put the file there.")
+    if source.get("sha256") and sha256(path) != source["sha256"]:
+        raise UserError(
+            f"{path} is not the file that the card of {card.name!r} names (its sha256 differs): "
+            "delete it and fetch it again, or correct the card if you changed the weights on purpose."
+        )
+    return path
+
+
+def fetch(card: Card, source: dict[str, Any]) -> Path:
+    """Takes a file from the Hugging Face cache, or downloads it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source["hub"], source["file"], revision=source.get("revision")))
+    except Exception as error:  # offline, gated, renamed: the hub has a dozen exception types for it
+        raise UserError(
+            f"Could not fetch {source['file']} of {source['hub']} for scorer {card.name!r} "
+            f"({type(error).__name__}): check the connection, or copy {card.folder.name}/ and name a local "
+            "`file` in its card's weights instead of `hub`."
+        ) from error
+
+
+def state_dict(card: Card, source: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a `.safetensors`, or of a checkpoint under `key`, on the CPU.
+
+    Checkpoints are opened with `weights_only=True`: tensors only, no pickled code.
+
+    Raises:
+        UserError: as `find`, or the file is no readable checkpoint.
+    """
+    path = find(card, source)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # The Hugging Face cache keeps files under their names, so the suffix tells the format.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        for key in filter(None, str(source.get("key", "")).split(".")):
+            content = content[key]
+        return content
+    except (RuntimeError, ValueError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} holds no weights that can be read safely ({type(error).__name__}: {error})."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(
+                f"{path} is not a readable safetensors file ({error}): fetch it again."
+            ) from error
+        raise
+
+
+def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], card: Card) -> None:
+    """Copies tensors into a module, all of them and nothing else, cast to the module's dtype.
+
+    Raises:
+        UserError: names or shapes differ; it names the first ones.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"The weights of {card.name!r} do not fit its model: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    if missing or unexpected:
+        raise UserError(
+            f"The weights of {card.name!r} do not fit its model: "
+            f"missing {missing[:3]} ({len(missing)}), unexpected {unexpected[:3]} ({len(unexpected)})."
+        )
