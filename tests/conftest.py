@@ -1,0 +1,46 @@
+"""Fixtures: tiny models and tiny preference data, made once a session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmalign.records import Comparison
+from tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(autouse=True)
+def one_global_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Folder of a tiny SDXL pipeline."""
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny_sdxl"), xl=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory):
+    """Folder of a tiny SD1.5 pipeline, v-prediction."""
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny_sd15"), xl=False, prediction_type="v_prediction")
+
+
+def picture(seed: int, size=(20, 16)) -> Image.Image:
+    """Smooth noise, so that pictures differ clearly."""
+    array = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[Comparison]:
+    """Twelve pairs of small pictures."""
+    prompts = ["a red fox", "a fox", "red", ""]
+    return [
+        Comparison(id=f"pair-{i}", prompt=prompts[i % 4], media=(picture(2 * i), picture(2 * i + 1)), score=(i % 2, 1 - i % 2))
+        for i in range(12)
+    ]
