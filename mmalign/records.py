@@ -80,7 +80,7 @@ class Comparison:
         score: [K] finite numbers, higher is better.
         weight: Importance, finite and >= 0.
         user: Whose taste it is, when known.
-        condition: Input pictures or video, when the task has any.
+        condition: Tuple of input pictures or video, when the task has any.
         source: [K] where each medium came from (a model, a seed), or empty.
         aspects: Name -> [K] scores of one aspect.
 

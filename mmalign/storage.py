@@ -56,9 +56,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a folder to fill; on success it becomes `path`, with a manifest of sizes and hashes.
 
-    An existing folder at `path` is replaced, and stays untouched on any error.
+    A folder at `path` that was written so before is replaced, and stays untouched on any error.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder with something else in it.
     """
     path = Path(path)
+    if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"{path} holds something that was not written by mmalign")
     temp = _partial(path)
     temp.mkdir()
     try:

@@ -31,8 +31,10 @@ def test_folder_verifies_and_is_replaced_whole(tmp_path):
 
 
 def test_any_damage_fails_verification(tmp_path):
+    numbers = iter(range(9))
+
     def damaged(change):
-        target = tmp_path / "folder"
+        target = tmp_path / f"folder-{next(numbers)}"
         save(target, "text")
         change(target)
         return not storage.verify(target)
@@ -65,6 +67,17 @@ def test_an_error_leaves_the_old_version(tmp_path):
     assert storage.read_json(tmp_path / "file.json") == {"old": 1}
     assert storage.verify(tmp_path / "folder")
     assert names(tmp_path) == ["file.json", "folder"]
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path):
+    (tmp_path / "holiday").mkdir()
+    save(tmp_path / "holiday", "an empty folder may be used")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").touch()
+    for name in ("pictures", "pictures/cat.png"):
+        with pytest.raises(FileExistsError):
+            save(tmp_path / name, "text")
+    assert names(tmp_path / "pictures") == ["cat.png"]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "rename"])

@@ -1,0 +1,232 @@
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmalign.data import export
+from mmalign.data.export import write_comparisons
+from mmalign.data.importers import read_comparisons
+from mmalign.records import Comparison, UserError, open_image
+
+
+def picture(seed, kind="JPEG"):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 6, 3), np.uint8)).save(stream, kind)
+    return stream.getvalue()
+
+
+def sample(count=3):
+    rows = [
+        Comparison(f"pair {n}", f"ein Bär, {n}", (picture(n), picture(n + 100)), (0.25 * n, -1.0), user="u")
+        for n in range(count)
+    ]
+    extras = Comparison(
+        "list",
+        "three",
+        (picture(7, "PNG"), open_image(picture(8)), picture(9, "WEBP")),
+        (3.0, 1.0, 2.0),
+        weight=0.5,
+        condition=(picture(5, "PNG"),),
+        source=("a", "b", "c"),
+        aspects={"beauty": (1.0, 2.0, 3.0), "safety": (0.0, 0.0, 1.0)},
+    )
+    return [*rows, extras]
+
+
+def plain(item):
+    """A comparison with its pictures as numbers."""
+    pixels = [np.asarray(open_image(medium)).tolist() for medium in (*item.media, *(item.condition or ()))]
+    return (item.id, item.prompt, pixels, item.score, item.weight, item.user, item.source, item.aspects)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_what_is_written_is_read_back(tmp_path, layout, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_ROWS", 3)
+    monkeypatch.setattr(export, "GROUP_ROWS", 2)
+    write_comparisons(tmp_path / "data", sample(), layout=layout)
+    result = read_comparisons(tmp_path / "data")
+    assert [plain(item) for item in result.comparisons] == [plain(item) for item in sample()]
+    assert result.counts == {"read": 4, "kept": 4, "ties": 0, "no_label": 0, "repeated": 0}
+    limited = read_comparisons(tmp_path / "data", limit=2)
+    assert [plain(item) for item in limited.comparisons] == [plain(item) for item in sample()[:2]]
+    write_comparisons(tmp_path / "data", sample()[:1], layout=layout)  # replaces, adds nothing
+    assert len(read_comparisons(tmp_path / "data").comparisons) == 1
+
+
+def test_written_parquet_shows_as_pictures_in_datasets(tmp_path):
+    from datasets import load_dataset
+
+    write_comparisons(tmp_path / "data", sample(), layout="parquet")
+    rows = load_dataset("parquet", data_files=str(tmp_path / "data" / "*.parquet"), split="train")
+    assert rows[0]["media"][0].size == (6, 8)
+    rows.save_to_disk(tmp_path / "saved")
+    assert plain(read_comparisons(tmp_path / "saved").comparisons[3]) == plain(sample()[3])
+
+
+def test_slices_stay_lazy(tmp_path):
+    write_comparisons(tmp_path / "data", sample(), layout="parquet")
+    rows = read_comparisons(tmp_path / "data").comparisons
+    assert [item.id for item in rows[1:3]] == ["pair 1", "pair 2"]
+    assert rows[-1].id == "list"
+    with pytest.raises(IndexError):
+        rows[4]
+
+
+def test_an_export_replaces_nothing_foreign(tmp_path):
+    (tmp_path / "holiday.png").touch()
+    with pytest.raises(UserError, match="not written by mmalign; choose another folder"):
+        write_comparisons(tmp_path, sample())
+    with pytest.raises(UserError, match="there are jsonl and parquet"):
+        write_comparisons(tmp_path / "new", sample(), layout="csv")
+
+
+# --- Pick-a-Pic ---
+
+
+def pick_a_pic(path, labels, **columns):
+    count = len(labels)
+    table = {
+        "caption": [f"prompt {n}" for n in range(count)],
+        "jpg_0": [picture(n) for n in range(count)],
+        "jpg_1": [picture(n + 50) for n in range(count)],
+        "label_0": labels,
+        "ranking_id": list(range(1000, 1000 + count)),
+        "user_id": [5] * count,
+        "model_0": ["sdxl"] * count,
+        "model_1": ["sd15"] * count,
+    }
+    pq.write_table(pa.table({name: value for name, value in (table | columns).items() if value}), path)
+    return path
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_pick_a_pic_ties_and_missing_labels_are_dropped_and_counted(tmp_path, limit):
+    path = pick_a_pic(tmp_path / "p.parquet", [1.0, 0.5, 0.0, None], has_label=[True] * 4)
+    result = read_comparisons(path, limit=limit)
+    assert result.counts == {"read": 4, "kept": 2, "ties": 1, "no_label": 1, "repeated": 0}
+    first, second = result.comparisons
+    assert (first.id, first.prompt, first.score, first.user) == ("1000", "prompt 0", (1.0, 0.0), "5")
+    assert (second.id, second.score, second.source) == ("1002", (0.0, 1.0), ("sdxl", "sd15"))
+    assert second.media[1] == picture(52)
+
+
+def test_pick_a_pic_rows_without_vote_or_seen_before(tmp_path):
+    path = pick_a_pic(
+        tmp_path / "p.parquet", [1.0, 0.0, 0.0], has_label=[True, False, True], ranking_id=[7, 8, 7]
+    )
+    counts = read_comparisons(path).counts
+    assert counts == {"read": 3, "kept": 1, "ties": 0, "no_label": 1, "repeated": 1}
+
+
+def test_arrow_files_are_read(tmp_path):
+    table = pq.read_table(pick_a_pic(tmp_path / "p.parquet", [1.0, 0.0]))
+    with pa.ipc.new_stream(tmp_path / "p.arrow", table.schema) as stream:
+        stream.write_table(table)
+    assert [item.score for item in read_comparisons(tmp_path / "p.arrow").comparisons] == [(1, 0), (0, 1)]
+
+
+def test_many_large_rows_are_not_held_in_memory(tmp_path):
+    blob = np.random.default_rng(0).bytes(200_000)
+    rows = 100
+    path = pick_a_pic(tmp_path / "p.parquet", [1.0] * rows, jpg_0=[blob] * rows, jpg_1=[blob] * rows)
+    before = pa.total_allocated_bytes()
+    comparisons = read_comparisons(path).comparisons
+    assert comparisons[90].media[0] == blob
+    assert pa.total_allocated_bytes() - before < 4_000_000  # of 40 MB
+
+
+def test_splits_are_told_apart(tmp_path):
+    pick_a_pic(tmp_path / "train-00000.parquet", [1.0])
+    pick_a_pic(tmp_path / "validation-00000.parquet", [0.0, 0.0])
+    assert read_comparisons(tmp_path).counts["read"] == 1
+    assert read_comparisons(tmp_path, split="validation").counts["read"] == 2
+    with pytest.raises(UserError, match="has no split 'test', but train, validation"):
+        read_comparisons(tmp_path, split="test")
+
+
+# --- what is wrong with it ---
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns", "message"),
+    [
+        ([1.0], {"label_0": None}, r"p\.parquet: field label_0 is missing"),
+        ([1.0, 2.0], {}, r"p\.parquet, row 1: field label_0 is 2\.0"),
+        ([0.5, None], {}, r"holds nothing to learn from \(read 2, kept 0, ties 1, no_label 1"),
+        ([1.0], {"caption": None}, r"has columns jpg_0.*needed are id, media"),
+    ],
+)
+def test_bad_tables_name_the_field(tmp_path, labels, columns, message):
+    with pytest.raises(UserError, match=message):
+        read_comparisons(pick_a_pic(tmp_path / "p.parquet", labels, **columns))
+
+
+def test_a_bad_row_in_a_table_is_named(tmp_path):
+    row = {"id": ["a"], "prompt": ["p"], "media": [[{"bytes": b"x"}]], "score": [[1.0, 0.0]]}
+    pq.write_table(pa.table(row), tmp_path / "p.parquet")
+    rows = read_comparisons(tmp_path / "p.parquet").comparisons
+    with pytest.raises(UserError, match=r"p\.parquet, row 0: comparison 'a': field score has 2 entries"):
+        rows[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": None}, "line 2: field prompt is missing or is no str"),
+        ({"score": [1.0]}, "line 2: comparison 'x': field score has 1 entries for 2 media"),
+        ({"score": [1.0, "high"]}, "line 2: comparison 'x': field score must hold finite numbers"),
+        ({"media": ["a.jpeg", "gone.png"]}, r"line 2: field media: there is no file 'gone\.png'"),
+        ({"media": ["a.jpeg", "../b.png"]}, r"line 2: field media: '\.\./b\.png' lies outside the folder"),
+        ({"source": 3}, "line 2: 'int' object is not iterable"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, change, message):
+    (tmp_path / "a.jpeg").write_bytes(picture(0))
+    good = {"id": "y", "prompt": "p", "media": ["a.jpeg", "a.jpeg"], "score": [1, 0]}
+    lines = [json.dumps(good), json.dumps(good | {"id": "x"} | change)]
+    (tmp_path / "comparisons.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        read_comparisons(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "line 1: is not JSON"),
+        (b"[1]", "line 1: field prompt is missing"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"", "holds nothing to learn from"),
+    ],
+)
+def test_damaged_listings_are_named(tmp_path, content, message):
+    path = tmp_path / "comparisons.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_comparisons(path)
+
+
+def test_missing_and_damaged_sources(tmp_path, monkeypatch):
+    import datasets
+
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        read_comparisons(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"holds neither comparisons\.jsonl nor parquet"):
+        read_comparisons(tmp_path)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 cut")
+    for limit in (None, 1):
+        with pytest.raises(UserError, match=r"p\.parquet \(split train\): cannot be read"):
+            read_comparisons(tmp_path / "p.parquet", limit=limit)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="is no path here and not to be had from the Hub"):
+        read_comparisons("nobody/nothing")
