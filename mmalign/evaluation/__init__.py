@@ -1,0 +1,1 @@
+"""Base against aligned: scores, win rates with intervals, and the report that shows them."""
