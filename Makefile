@@ -43,7 +43,7 @@ clean:  ## remove .venv and what the tools left
 .venv/.core .venv/.dev: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmalign needs Python 3.11, 3.12 or 3.13 with its venv module, and found none: install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Setting up .venv with $(PYTHON), once: about 3 GB to download, 5.5 GB on the disk."
-	@test -x $(RUN)/python || $(PYTHON) -m venv .venv
+	@test -x $(RUN)/pip || $(PYTHON) -m venv .venv
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@$(RUN)/uv pip install --python $(RUN)/python -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
