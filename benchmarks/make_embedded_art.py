@@ -1,4 +1,4 @@
-"""Draws the sprites of the embedded scenes and cuts the tokenizer; called by make_embedded.py, stage `sprites`.
+"""Draws the sprites of the embedded scenes and cuts the tokenizer; called by make_embedded.py.
 
 The artwork is npm @iconify-json/fluent-emoji-flat 1.2.6 (Fluent Emoji by Microsoft, MIT), unpacked:
     npm pack @iconify-json/fluent-emoji-flat@1.2.6 && tar xzf iconify-json-fluent-emoji-flat-1.2.6.tgz
@@ -31,7 +31,9 @@ def draw_sprites(icons_json: Path, out: Path = scenes.SPRITES) -> None:
     sprites = {}
     for noun in scenes.NOUNS:
         body = icons[ICONS.get(noun, noun)]["body"]
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 32 32">{body}</svg>'
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 32 32">{body}</svg>'
+        )
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=128, height=128))
         sprites[noun] = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
     np.savez_compressed(out, **sprites)

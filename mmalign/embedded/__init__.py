@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 3.0}  # chosen on development prompts
+
 
 def path() -> Path:
     """The folder of the embedded StableDiffusionXLPipeline."""

@@ -1,9 +1,9 @@
 """The pictures that the embedded model is trained on: one object on a coloured ground, with a caption.
 
 A scene says a noun, a ground colour, a size and a place, and all of them are in its caption. It also has a
-hidden *finish* q in [0, 1], which no caption mentions: it drives saturation, contrast, shading and a soft shadow.
-A model trained on these pictures learns the whole range from dull to vivid, so "more finish" is a real preference
-with a known answer.
+hidden *finish* q in [0, 1], which no caption mentions: it drives saturation, contrast, shading and a soft
+shadow. A model trained on these pictures learns the whole range from dull to vivid, so "more finish" is a
+real preference with a known answer.
 
 Prompts are split by object x colour combination, so that no caption of one part is a caption of another:
 
@@ -24,16 +24,17 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.random import RandomState  # its stream is frozen for good, so splits and pictures never change
 from PIL import Image, ImageFilter
 
 SIDE = 64  # pixels
 SPRITES = Path(__file__).parent / "sprites.npz"
 NOUNS = (
     "fox", "dog", "cat", "penguin", "frog", "owl", "butterfly", "fish", "octopus", "crab", "lion", "panda",
-    "rabbit", "pig", "elephant", "turtle", "bee", "ladybug", "whale", "duck", "flamingo", "dinosaur", "banana",
-    "strawberry", "pineapple", "watermelon", "carrot", "mushroom", "burger", "cake", "tulip", "sunflower", "cactus",
-    "tree", "rocket", "car", "bus", "boat", "plane", "umbrella", "robot", "ghost", "guitar", "star", "house",
-    "castle", "snowman", "teapot",
+    "rabbit", "pig", "elephant", "turtle", "bee", "ladybug", "whale", "duck", "flamingo", "dinosaur",
+    "banana", "strawberry", "pineapple", "watermelon", "carrot", "mushroom", "burger", "cake", "tulip",
+    "sunflower", "cactus", "tree", "rocket", "car", "bus", "boat", "plane", "umbrella", "robot", "ghost",
+    "guitar", "star", "house", "castle", "snowman", "teapot",
 )  # fmt: skip
 COLOURS = {  # ground colours at full finish: hues at least 25 degrees apart
     "red": (214, 48, 48),
@@ -46,14 +47,20 @@ COLOURS = {  # ground colours at full finish: hues at least 25 degrees apart
     "pink": (246, 134, 192),
 }
 SIZES = {"small": 26, "": 38, "large": 52}  # pixels
-PLACES = {"": (0, 0), "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
-REACH = {"small": 17, "": 13, "large": 10}  # pixels from the centre; a large object may touch or cross the edge
+PLACES = {
+    "": (0, 0),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+}
+REACH = {"small": 17, "": 13, "large": 10}  # pixels off the centre; a large object may cross the edge
 SPLITS = ("train", "pairs", "scorer_fit", "development", "test")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `q` in [0, 1] is the hidden finish; `seed` moves the object and tints the ground a little."""
+    """One picture; `q` in [0, 1] is the hidden finish, `seed` moves the object and tints the ground."""
 
     noun: str
     colour: str
@@ -78,7 +85,7 @@ def article(word: str) -> str:
 @cache
 def combinations(split: str) -> tuple[tuple[str, str], ...]:
     """The (noun, colour) combinations of a split. Every noun and every colour occurs in `train`."""
-    order = np.random.RandomState(0).permutation(len(NOUNS))  # RandomState: its stream is frozen for good
+    order = RandomState(0).permutation(len(NOUNS))
     colours = tuple(COLOURS)
     parts: dict[str, list[tuple[str, str]]] = {name: [] for name in SPLITS}
     for row, index in enumerate(order):
@@ -102,17 +109,17 @@ def combinations(split: str) -> tuple[tuple[str, str], ...]:
 def _prompts(split: str) -> tuple[str, ...]:
     every = [caption(Scene(*both, size, place))
              for both, size, place in itertools.product(combinations(split), SIZES, PLACES)]  # fmt: skip
-    return tuple(every[i] for i in np.random.RandomState(1).permutation(len(every)))
+    return tuple(every[i] for i in RandomState(1).permutation(len(every)))
 
 
 def prompts(split: str) -> list[str]:
-    """All captions of a split (15 a combination), in a fixed shuffled order: any first n are a fair sample."""
+    """All captions of a split, 15 a combination, in a fixed shuffled order: any first n are a fair sample."""
     return list(_prompts(split))
 
 
 def random_scenes(n: int, seed: int, split: str) -> list[Scene]:
     """`n` scenes of a split; finish q ~ Beta(1.2, 1.6), everything else uniform."""
-    rng = np.random.RandomState(seed)
+    rng = RandomState(seed)
     both, sizes, places = combinations(split), tuple(SIZES), tuple(PLACES)
     return [
         Scene(*both[a], sizes[b], places[c], float(q), int(s))
@@ -129,7 +136,7 @@ def random_scenes(n: int, seed: int, split: str) -> list[Scene]:
 
 @cache
 def _sprite(noun: str, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colour [side, side, 3] and alpha [side, side, 1] of a sprite, and its blurred shadow, all float32 in [0, 1]."""
+    """Colour [side, side, 3], alpha [side, side, 1] and blurred shadow of a sprite, float32 in [0, 1]."""
     with np.load(SPRITES) as sprites:
         image = Image.fromarray(sprites[noun]).resize((side, side), Image.Resampling.LANCZOS)
     shadow = Image.new("L", (SIDE, SIDE))
@@ -141,7 +148,7 @@ def _sprite(noun: str, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def render(scene: Scene) -> np.ndarray:
     """Draws a scene: uint8 [64, 64, 3], the same for the same scene on every machine."""
-    rng = np.random.RandomState(scene.seed)
+    rng = RandomState(scene.seed)
     jitter = rng.randint(-2, 3, size=2)
     side = SIZES[scene.size] + int(rng.randint(-1, 2))
     tint = rng.uniform(-0.03, 0.03, size=3).astype(np.float32)
@@ -174,7 +181,7 @@ def _moved(plane: np.ndarray, dx: int, dy: int) -> np.ndarray:
 
 
 def ground(picture: np.ndarray) -> str:
-    """The ground colour of a picture (uint8 [64, 64, 3]), read from its border: the name of the nearest hue."""
+    """The ground colour of a picture (uint8 [64, 64, 3]): the name of the hue nearest to its border's."""
     pixels = np.asarray(picture)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                              pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
