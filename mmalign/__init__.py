@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from mmalign.training.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["bundled", "load", "load_scorer", "train"]
+__all__ = ["bundled", "load", "load_scorer", "skeleton", "train"]
 
 
 def load(
-    source: str | Path, lora: str | Path | None = None, dtype: Any = None, device: Any = None
+    source: str | Path, lora: str | Path | None = None, dtype: Any = None, device: Any = None, **options: Any
 ) -> Modality:
     """Loads a generative model as a modality: hub id, local folder or single `.safetensors` file.
 
@@ -28,13 +28,21 @@ def load(
         lora: a LoRA file or folder in diffusers or kohya keys, put on as the policy's adapter.
         dtype: torch dtype of the frozen weights; default bfloat16 on an accelerator, else float32.
         device: default the accelerator when there is one.
+        options: the family's own, as `vae` (another VAE) for SD1.5 and SDXL.
 
     Raises:
         mmalign.records.UserError: the source is missing or of a family that is not known.
     """
     from mmalign import modalities
 
-    return modalities.load(source, lora=lora, dtype=dtype, device=device)
+    return modalities.load(source, lora=lora, dtype=dtype, device=device, **options)
+
+
+def skeleton(source: str | Path) -> dict[str, Any]:
+    """A model's parts on the meta device, the trained one as "network": shapes without memory."""
+    from mmalign import modalities
+
+    return modalities.skeleton(source)
 
 
 def load_scorer(name_or_folder: str | Path, device: Any = "cpu") -> Scorer:

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give
 
 import numpy as np
 import pytest
@@ -41,6 +42,11 @@ def pairs() -> list[Comparison]:
     """Twelve pairs of small pictures."""
     prompts = ["a red fox", "a fox", "red", ""]
     return [
-        Comparison(id=f"pair-{i}", prompt=prompts[i % 4], media=(picture(2 * i), picture(2 * i + 1)), score=(i % 2, 1 - i % 2))
+        Comparison(
+            id=f"pair-{i}",
+            prompt=prompts[i % 4],
+            media=(picture(2 * i), picture(2 * i + 1)),
+            score=(i % 2, 1 - i % 2),
+        )
         for i in range(12)
     ]

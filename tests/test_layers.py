@@ -23,7 +23,10 @@ ON_TOP = {
     "__init__",
     "__main__",
     "cli",
+    "commands",
+    "console",
     "quickstart",
+    "recipe",
 }  # these may import every room, and no room imports them
 SURROGATE = ["likelihood", "paths", "probes", "draws"]  # each imports only what stands before it
 

@@ -12,8 +12,8 @@ MERGES = [("f", "o"), ("fo", "x</w>"), ("r", "e"), ("re", "d</w>")]
 
 def write_tokenizer(folder: Path):
     """A CLIP tokenizer with single letters and four merges."""
-    from transformers import CLIPTokenizer
     from open_clip.tokenizer import bytes_to_unicode
+    from transformers import CLIPTokenizer
 
     letters = list(bytes_to_unicode().values())
     symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in MERGES)]
@@ -109,6 +109,8 @@ def tiny_pipeline(folder: Path, *, xl: bool, prediction_type: str = "epsilon", s
             parts["text_encoder_2"] = CLIPTextModelWithProjection(text_config(vocabulary, 16, 16))
             pipeline = StableDiffusionXLPipeline(**parts)
         else:
-            pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            pipeline = StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
         pipeline.save_pretrained(folder)
     return folder

@@ -48,7 +48,10 @@ class Result:
         for scorer, sides in self.scores.items():
             base, aligned = sides["base"], sides["aligned"]
             won, change = wins(base, aligned), aligned - base
-            win_interval, change_interval = bootstrap_interval(won, **options), bootstrap_interval(change, **options)
+            win_interval, change_interval = (
+                bootstrap_interval(won, **options),
+                bootstrap_interval(change, **options),
+            )
             if won.min() == won.max() != 0.5:  # won everything, or nothing: resampling cannot show the doubt
                 tail = ((1 - confidence) / 2) ** (1 / len(set(self.prompts)))  # Clopper and Pearson's bound
                 win_interval = (tail, 1.0) if won[0] else (0.0, 1 - tail)
@@ -60,9 +63,14 @@ class Result:
 
     def to_json(self) -> str:
         """Rows and every score, so that any other figure can be worked out later."""
-        scores = {name: {side: values.tolist() for side, values in sides.items()} for name, sides in self.scores.items()}
+        scores = {
+            name: {side: values.tolist() for side, values in sides.items()}
+            for name, sides in self.scores.items()
+        }
         content: dict[str, Any] = {"rows": [row._asdict() for row in self.rows()]}
-        return json.dumps(content | {"prompts": list(self.prompts), "scores": scores}, indent=1, ensure_ascii=False)
+        return json.dumps(
+            content | {"prompts": list(self.prompts), "scores": scores}, indent=1, ensure_ascii=False
+        )
 
 
 def score_sides(

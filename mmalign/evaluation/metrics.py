@@ -1,4 +1,4 @@
-"""Numbers that say how sure one may be: win rate, bootstrap interval, Bradley-Terry strengths, rank correlation."""
+"""How sure one may be: win rate, bootstrap interval, Bradley-Terry strengths, rank correlation."""
 
 from __future__ import annotations
 
@@ -39,16 +39,22 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of `values` [N].
 
     Args:
+        values: [N] numbers.
         clusters: [N] labels; whole clusters are drawn. Several pictures of one prompt are not independent:
             with the prompts as clusters the interval is as wide as the number of prompts warrants.
         confidence: coverage in (0, 1).
+        resamples: how many times to draw.
         seed: of the resampling, so that a report can be repeated.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; with clusters the
     mean is the ratio of drawn sums to drawn counts.
     """
     values = np.asarray(values, float)
-    labels = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    labels = (
+        np.arange(len(values))
+        if clusters is None
+        else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    )
     if len(labels) != len(values):
         raise ValueError(f"{len(labels)} cluster labels for {len(values)} values")
     if not len(values):
@@ -71,6 +77,7 @@ def bradley_terry(wins: ArrayLike, *, prior: float = 0.0, iterations: int = 10_0
         wins: [K, K]; entry i, j is how often i beat j (a tie counts half for each). The diagonal is ignored.
         prior: games, half of them won, that each player is said to have had against each other; it keeps
             strengths finite when someone won or lost every game.
+        iterations: at most; it stops when strengths change by less than 1e-12.
 
     Raises:
         ValueError: without a prior, the games do not tie all players together (the maximum is at infinity).

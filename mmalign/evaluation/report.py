@@ -17,17 +17,17 @@ from mmalign.evaluation.compare import Result, Row
 from mmalign.records import open_image
 from mmalign.storage import atomic_file
 
+COLOURS = "#12a06a", "#e0703a", "#5b7fde", "#b65fc4"  # of lines, readable on white and on black
 SHOWN = 12  # pairs on the page; more would only make it long
 PANELS = (  # title, what to look for, keys of the log -> their names
     ("Loss", "should fall", {"loss": "loss"}),
-    ("Implicit accuracy", "share of pairs ranked right; near 1 early means over-fitting", {"implicit_accuracy": "accuracy"}),
-    ("Margin", "how much likelier the winner became than the loser", {"margin": "margin"}),
-    (
-        "Error against the reference",
-        "winners below 0 are learnt, losers above 0 unlearnt; both rising is harm",
-        {"winner_error": "winner", "loser_error": "loser"},
-    ),
-)
+    ("Implicit accuracy", "share of pairs ranked right; near 1 early means over-fitting",
+     {"implicit_accuracy": "accuracy"}),
+    ("Margin", "how much likelier the chosen became than the rejected", {"margin": "margin"}),
+    ("Against the reference", "log ratio = minus half the change of the error; both falling is harm",
+     {"chosen_log_ratio": "chosen", "rejected_log_ratio": "rejected"}),
+)  # fmt: skip
+VALIDATION = "Scores on the validation prompts", "change of the mean from the base"
 
 
 def grid(
@@ -44,7 +44,9 @@ def grid(
 
     Args:
         path: where to write it.
-        prompts, base, aligned: N each; row i of the three belongs together.
+        prompts: N texts.
+        base: N pictures of the model before.
+        aligned: N pictures of the model after, for the same prompts and seeds in the same order.
         columns: pairs side by side; further pairs go below.
         side: edge of a picture in the PNG, in pixels; 256 with six columns is sharp at twice README width.
         names: what the two rows are called.
@@ -93,11 +95,14 @@ def write_report(
     """Writes `report.html` (one file, no links out, no scripts), `grid.png` and `scores.json` into a folder.
 
     Args:
+        folder: where to write; made if missing.
         title: of the page, for example "DPO on the embedded model".
         result: the scores behind the table; they may cover more pictures than are shown.
-        prompts, base, aligned: pictures to show, row by row the same prompt and seed; the first 12 are used.
+        prompts: of the pictures to show, of which the first 12 are used.
+        base: pictures of the model before.
+        aligned: pictures of the model after, row by row the same prompt and seed.
         metrics: the run's log, one mapping a step (`step`, `loss`, `implicit_accuracy`, `margin`,
-            `winner_error`, `loser_error`); what is missing is left out.
+            `chosen_log_ratio`, `rejected_log_ratio`, `validation/NAME_change`); what is missing is left out.
         facts: settings and versions for the foot of the page.
         files: name -> what it is, for the files beside the report.
         headline: the scorer of the first sentence; default: the result's first.
@@ -119,7 +124,9 @@ def write_report(
         {"prompt": p, "base": _inline(b), "aligned": _inline(a)}
         for p, b, a in zip(prompts[:shown], base[:shown], aligned[:shown], strict=True)
     ]
-    templates = Environment(loader=PackageLoader("mmalign.evaluation", "."), autoescape=True, trim_blocks=True)
+    templates = Environment(
+        loader=PackageLoader("mmalign.evaluation", "."), autoescape=True, trim_blocks=True
+    )
     page = templates.get_template("report.html.jinja").render(
         title=title,
         lead=lead,
@@ -131,7 +138,8 @@ def write_report(
         pairs=pairs,
         curves=curves(metrics),
         facts=facts or {},
-        files=(files or {}) | {"grid.png": "the pictures above as one image", "scores.json": "every score behind the table"},
+        files=(files or {})
+        | {"grid.png": "the pictures above as one image", "scores.json": "every score behind the table"},
     )
     with atomic_file(folder / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
@@ -163,8 +171,12 @@ def number(value: float, places: int, sign: str = "-") -> str:
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """One chart a panel whose numbers were logged, drawn for a light and for a dark page."""
+    judged = dict.fromkeys(
+        k for m in metrics for k in m if k.startswith("validation/") and k.endswith("_change")
+    )
+    names = {key: key.removeprefix("validation/").removesuffix("_change") for key in judged}
     made = []
-    for name, hint, keys in PANELS:
+    for name, hint, keys in (*PANELS, (*VALIDATION, names)):
         lines = {label: series(metrics, key) for key, label in keys.items()}
         lines = {label: line for label, line in lines.items() if len(line[0]) > 1}
         if lines:
@@ -175,7 +187,9 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one logged number."""
-    points = [(m.get("step", i), m[key]) for i, m in enumerate(metrics) if isinstance(m.get(key), int | float)]
+    points = [
+        (m.get("step", i), m[key]) for i, m in enumerate(metrics) if isinstance(m.get(key), int | float)
+    ]
     steps, values = (np.array(v, float) for v in (zip(*points, strict=True) if points else ((), ())))
     return steps[np.isfinite(values)], values[np.isfinite(values)]
 
@@ -194,7 +208,7 @@ def _chart(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], ink: str) -> str:
 
     figure = Figure(figsize=(4.8, 2.3), dpi=160, layout="constrained")
     axes = figure.subplots()
-    for (label, (steps, values)), colour in zip(lines.items(), ("#12a06a", "#e0703a"), strict=False):
+    for (label, (steps, values)), colour in zip(lines.items(), COLOURS, strict=False):
         axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
         axes.plot(steps, smoothed(values), color=colour, linewidth=1.8, label=label)
     if any((values < 0).any() and (values > 0).any() for _, values in lines.values()):
@@ -243,7 +257,9 @@ def _tile(medium: Any, side: int) -> tuple[Image.Image, Image.Image]:
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     from matplotlib.font_manager import FontProperties, findfont
 
-    return ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")), size)
+    return ImageFont.truetype(
+        findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")), size
+    )
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:

@@ -42,8 +42,9 @@ class Encoded:
         """Joins batches."""
         import torch
 
-        std = None if parts[0].x0_std is None else torch.cat([part.x0_std for part in parts if part.x0_std is not None])
-        return Encoded(torch.cat([part.x0 for part in parts]), std, Cond.cat([part.cond for part in parts]))
+        stds = [part.x0_std for part in parts if part.x0_std is not None]
+        x0 = torch.cat([part.x0 for part in parts])
+        return Encoded(x0, torch.cat(stds) if stds else None, Cond.cat([part.cond for part in parts]))
 
 
 class Modality(Protocol):
@@ -61,13 +62,33 @@ class Modality(Protocol):
     source: str
     resolution: int
 
-    def encode(self, items: Sequence[Comparison]) -> Encoded: ...
-    def empty(self) -> Cond: ...
-    def predict(self, probe: Any, view: str) -> Tensor: ...
-    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Any]: ...
-    def lora_targets(self) -> list[str]: ...
-    def save(self, folder: str | Path) -> None: ...
-    def load_adapter(self, path: str | Path, name: str = "policy") -> None: ...
+    def encode(self, items: Sequence[Comparison]) -> Encoded:
+        """Frozen parts only (VAE, text encoders, tokenizer); no randomness."""
+        ...
+
+    def empty(self) -> Cond:
+        """The empty prompt, for caption dropout."""
+        ...
+
+    def predict(self, probe: Any, view: str) -> Tensor:
+        """The only call of the trained network, in the path's convention."""
+        ...
+
+    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], **settings: Any) -> list[Any]:
+        """Media, one a prompt and seed; guidance lives here alone."""
+        ...
+
+    def lora_targets(self) -> list[str]:
+        """Module names that a LoRA trains by default."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the family's own file formats."""
+        ...
+
+    def load_adapter(self, path: str | Path, name: str = "policy") -> None:
+        """Puts a LoRA on the network."""
+        ...
 
 
 def class_name(source: str | Path) -> str:
@@ -84,19 +105,35 @@ def class_name(source: str | Path) -> str:
 
         return pipeline_class(path)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{source}: has no model_index.json, so it is no diffusers pipeline; give the pipeline's top folder.")
+        raise UserError(
+            f"{source}: has no model_index.json, so it is no diffusers pipeline; give the pipeline's top folder."
+        )
     if not path.exists() and (path.is_absolute() or str(source).count("/") != 1):
         raise UserError(f"{source}: no such folder or file; give a pipeline folder, a hub id or a .safetensors file.")
     try:
         return DiffusionPipeline.load_config(str(source))["_class_name"]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: neither a local folder nor reachable on the hub ({reason}); check the name.") from error
+        raise UserError(
+            f"{source}: neither a local folder nor reachable on the hub ({reason}); check the name."
+        ) from error
 
 
-def load(source: str | Path, lora: str | Path | None = None, dtype: Any = None, device: Any = None, **options: Any) -> Any:
-    """Loads a modality; see `mmalign.load`. `options` go to the family (`vae`, `config`)."""
-    family = class_name(source)
-    if family not in FAMILIES:
-        raise UserError(f"{source}: a {family} is not supported yet; supported are {', '.join(sorted(FAMILIES))}.")
-    return importlib.import_module(FAMILIES[family]).load(source, lora=lora, dtype=dtype, device=device, **options)
+def _family(source: str | Path) -> Any:
+    """The module of a source's family."""
+    name = class_name(source)
+    if name not in FAMILIES:
+        raise UserError(f"{source}: a {name} is not supported yet; supported are {', '.join(sorted(FAMILIES))}.")
+    return importlib.import_module(FAMILIES[name])
+
+
+def load(
+    source: str | Path, lora: str | Path | None = None, dtype: Any = None, device: Any = None, **options: Any
+) -> Any:
+    """Loads a modality; see `mmalign.load`."""
+    return _family(source).load(source, lora=lora, dtype=dtype, device=device, **options)
+
+
+def skeleton(source: str | Path) -> dict[str, nn.Module]:
+    """The parts on the meta device; see `mmalign.skeleton`."""
+    return _family(source).skeleton(source)

@@ -21,6 +21,7 @@ from mmalign.modalities import Encoded
 from mmalign.records import Comparison, UserError, open_image
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import VariancePreserving
+from mmalign.surrogate.probes import at_least_float32
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -63,7 +64,7 @@ def load(
             pipeline.vae = AutoencoderKL.from_pretrained(str(vae), dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{vae or source}: cannot be loaded ({str(error).splitlines()[0]}).") from error
-    if not vae:
+    if not vae and dtype.itemsize < 4:
         pipeline.vae.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -73,12 +74,22 @@ def load(
     return modality
 
 
-def skeleton(source: str | Path) -> nn.Module:
-    """The UNet on the meta device: shapes without memory, for the memory plan."""
-    from diffusers import UNet2DConditionModel
+def skeleton(source: str | Path) -> dict[str, nn.Module]:
+    """UNet ("network") and frozen parts on the meta device: shapes without memory, for the memory plan."""
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
+    classes = {"network": ("unet", UNet2DConditionModel), "vae": ("vae", AutoencoderKL)}
+    names = DiffusionPipeline.load_config(str(source))
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(source), subfolder="unet"))
+        parts = {
+            part: kind.from_config(kind.load_config(str(source), subfolder=folder))
+            for part, (folder, kind) in classes.items()
+        }
+        for name in ("text_encoder", "text_encoder_2"):
+            if names.get(name, (None, None))[1]:
+                parts[name] = CLIPTextModel(CLIPTextConfig.from_pretrained(str(source), subfolder=name))
+    return parts
 
 
 class UNetModality:
@@ -95,7 +106,12 @@ class UNetModality:
         self.network: nn.Module = pipeline.unet
         self.is_xl = hasattr(pipeline, "text_encoder_2")
         self.resolution = self.unet.config.sample_size * pipeline.vae_scale_factor
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+        for part in (
+            pipeline.unet,
+            pipeline.vae,
+            pipeline.text_encoder,
+            getattr(pipeline, "text_encoder_2", None),
+        ):
             if part is not None:
                 part.requires_grad_(False).eval()
         scheduler = pipeline.scheduler
@@ -131,11 +147,15 @@ class UNetModality:
         batch = torch.stack(pixels).to(vae.device, vae.dtype)
         posteriors = [vae.encode(part).latent_dist for part in batch.split(8)]
         scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-        mean = (torch.cat([posterior.mean for posterior in posteriors]).float() - shift) * scale
-        std = torch.cat([posterior.std for posterior in posteriors]).float() * scale
+        mean = (at_least_float32(torch.cat([posterior.mean for posterior in posteriors])) - shift) * scale
+        std = at_least_float32(torch.cat([posterior.std for posterior in posteriors])) * scale
         if not torch.isfinite(mean).all():
-            bad = [item.id for item, rows in zip(items, self._rows(items), strict=True) if not mean[rows].isfinite().all()]
-            raise UserError(f"The VAE gave non-finite latents for {', '.join(bad)}; run it in float32 or take the fp16-fix VAE.")
+            bad = [
+                item.id for item, rows in zip(items, self._rows(items), strict=True) if not mean[rows].isfinite().all()
+            ]
+            raise UserError(
+                f"The VAE gave non-finite latents for {', '.join(bad)}; run it in float32 or take the fp16-fix VAE."
+            )
         unique = sorted(set(prompts))
         cond = self._embed(unique).rows([unique.index(prompt) for prompt in prompts])
         if self.is_xl:
@@ -152,7 +172,9 @@ class UNetModality:
         width, height = picture.size
         side = self.resolution
         factor = side / min(width, height)
-        resized = picture.resize((max(side, round(width * factor)), max(side, round(height * factor))), Image.Resampling.LANCZOS)
+        resized = picture.resize(
+            (max(side, round(width * factor)), max(side, round(height * factor))), Image.Resampling.LANCZOS
+        )
         left, top = (resized.width - side) // 2, (resized.height - side) // 2
         array = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32)
         return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1, [height, width, top, left, side, side]
@@ -184,7 +206,11 @@ class UNetModality:
         added = {name: cond[name] for name in ("text_embeds", "time_ids") if name in cond} or None
         latents = probe.x_t.to(self.device, self.unet.dtype)
         return self.network(
-            latents, probe.t.to(self.device), cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            latents,
+            probe.t.to(self.device),
+            cond["prompt_embeds"],
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
 
     def lora_targets(self) -> list[str]:
@@ -213,7 +239,12 @@ class UNetModality:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
-        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+        }
         settings = {name: value for name, value in given.items() if value is not None}
         training = self.network.training
         self.network.eval()
@@ -259,7 +290,9 @@ class UNetModality:
             state, alphas, metadata = self.pipeline.lora_state_dict(
                 str(file if local else path), unet_config=unet.config, return_lora_metadata=True
             )
-            expected = {key for key in state if key.startswith("unet.") and key.endswith(("lora_A.weight", "lora.down.weight"))}
+            expected = {
+                key for key in state if key.startswith("unet.") and key.endswith(("lora_A.weight", "lora.down.weight"))
+            }
             self.pipeline.load_lora_into_unet(state, alphas, unet, adapter_name=name, metadata=metadata, _pipeline=None)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -272,7 +305,7 @@ class UNetModality:
             )
         for key, parameter in unet.named_parameters():
             if f".{name}." in key:
-                parameter.data = parameter.data.float()
+                parameter.data = at_least_float32(parameter.data)
 
     def save(self, folder: str | Path) -> None:
         """Writes the adapter in diffusers and in kohya keys, or the whole pipeline where there is no adapter."""
@@ -290,9 +323,14 @@ class UNetModality:
 
         unet = self.unet
         config = unet.peft_config["policy"]
-        layers = {key: value.contiguous() for key, value in get_peft_model_state_dict(unet, adapter_name="policy").items()}
+        layers = {
+            key: value.contiguous() for key, value in get_peft_model_state_dict(unet, adapter_name="policy").items()
+        }
         type(self.pipeline).save_lora_weights(
-            folder, unet_lora_layers=layers, weight_name=LORA_FILE, unet_lora_adapter_metadata=config.to_dict()
+            folder,
+            unet_lora_layers=layers,
+            weight_name=LORA_FILE,
+            unet_lora_adapter_metadata=config.to_dict(),
         )
         kohya = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in layers.items()})
         # diffusers writes alpha = rank; the adapter's own alpha is what keeps its strength.

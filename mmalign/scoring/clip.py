@@ -45,7 +45,7 @@ class ClipScorer(Scorer):
         return self.aspects(media, prompts, batch_size=batch_size)["score"]
 
     def aspects(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> dict[str, Tensor]:
-        """`score`, and for a head its two terms: `finish` (the picture alone) and `alignment` (with the prompt)."""
+        """`score`; for a head also its terms, `finish` (picture alone) and `alignment` (with the prompt)."""
         media, prompts = list(media), list(prompts)
         if len(media) != len(prompts):
             raise UserError(f"{len(media)} media but {len(prompts)} prompts: give one prompt a medium.")

@@ -73,6 +73,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def bicubic(pixels: torch.Tensor, height: int, width: int, antialias: bool) -> torch.Tensor:
+    """Resizes [C, H, W] as torchvision does a float tensor: values may overshoot [0, 1]."""
     if (height, width) == pixels.shape[1:]:
         return pixels
     size = max(1, height), max(1, width)
@@ -97,6 +98,7 @@ def short_side_crop(pixels: torch.Tensor, size: int, antialias: bool) -> torch.T
 
 
 def pil_short_side(picture: Image.Image, size: int) -> Image.Image:
+    """Resizes with Pillow, as torchvision does a picture."""
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
     return (
@@ -107,6 +109,7 @@ def pil_short_side(picture: Image.Image, size: int) -> Image.Image:
 
 
 def crop(picture: Image.Image, size: int) -> Image.Image:
+    """The middle square of a picture whose sides are at least `size`."""
     left, top = (round((side - size) / 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 

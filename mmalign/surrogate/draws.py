@@ -66,9 +66,7 @@ class FreshNoise:
     shared: bool = True
     cacheable: ClassVar[bool] = True
 
-    def __call__(
-        self, x0: Tensor, cond: Cond, keys: Keys, path: Path, predict: Predict | None = None
-    ) -> NoisedProbe:
+    def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Path, predict: Predict | None = None) -> NoisedProbe:
         """Makes the probe of N samples."""
         t = path.timesteps(uniform(keys, "timestep")).to(x0.device)
         noise = normal(keys, "noise", x0, per_sample=not self.shared)

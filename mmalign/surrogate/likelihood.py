@@ -192,13 +192,17 @@ class Draw(Protocol):
 
     cacheable: bool  # False when x_t depends on the policy's weights: then no cached reference
 
-    def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Any, predict: Predict | None) -> Probe: ...
+    def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Any, predict: Predict | None) -> Probe:
+        """The probe of N samples; `predict(probe, view)` is there for draws that ask the network."""
+        ...
 
 
 class SupportsPredict(Protocol):
     """All that `evaluate` asks of a modality."""
 
-    def predict(self, probe: Any, view: View) -> Tensor: ...
+    def predict(self, probe: Any, view: View) -> Tensor:
+        """The network's output for a probe."""
+        ...
 
 
 def no_switch(view: View) -> AbstractContextManager[Any]:

@@ -22,13 +22,37 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 class Path(Protocol):
     """A noising process; what draws and probes ask of it."""
 
-    def timesteps(self, u: Tensor) -> Tensor: ...
-    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
-    def weight(self, t: Tensor) -> Tensor: ...
-    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor: ...
-    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor: ...
-    def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor: ...
+    def timesteps(self, u: Tensor) -> Tensor:
+        """U [N] in [0, 1) to timesteps with the family's density."""
+        ...
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """[N] how far into the noise, in [0, 1)."""
+        ...
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+        ...
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is asked to predict."""
+        ...
+
+    def weight(self, t: Tensor) -> Tensor:
+        """[N] w(t) of the squared error."""
+        ...
+
+    def denoised(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a prediction implies."""
+        ...
+
+    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The noise that makes x0 into x_t."""
+        ...
+
+    def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The deterministic step from t to s."""
+        ...
 
     @property
     def weighted(self) -> bool:
@@ -58,8 +82,12 @@ class VariancePreserving:
         return expand(alpha_bar.sqrt(), like), expand((1 - alpha_bar).sqrt(), like)
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """u in [0, 1) -> uniform integers 0 ... T-1."""
+        """U in [0, 1) -> uniform integers 0 ... T-1."""
         return (u * len(self.alphas_cumprod)).long().clamp_(max=len(self.alphas_cumprod) - 1)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """[N] how far into the noise, in [0, 1)."""
+        return t.double() / len(self.alphas_cumprod)
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t."""
@@ -119,12 +147,16 @@ class RectifiedFlow:
         return self.weight_name != "uniform"
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """u in [0, 1) -> t in (0, 1) with the family's density and shift."""
+        """U in [0, 1) -> t in (0, 1) with the family's density and shift."""
         t = u.double().clamp(1e-7, 1 - 1e-7)
         if self.density == "logit-normal":
             t = torch.sigmoid(torch.special.ndtri(t))
         t = self.shift * t / (1 + (self.shift - 1) * t)
         return t.to(torch.float32)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """[N] how far into the noise: t itself."""
+        return t.double()
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t."""

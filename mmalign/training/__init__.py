@@ -1,0 +1,1 @@
+"""The loop and what it stands on: views, steps, checkpoints, the memory plan."""

@@ -55,7 +55,7 @@ class WeightViews:
     def _adapters(self, view: str) -> Iterator[None]:
         layers = adapter_layers(self.modality.network)
         named = [layer for layer in layers if view in getattr(layer, "lora_A", {})]
-        if view != "reference" and not named:
+        if not named and (view != "reference" or not layers):
             raise ValueError(f"this run keeps no weights for the view {view!r}")
         active = [list(layer.active_adapters) for layer in layers]
         training = [[parameter.requires_grad for parameter in layer.parameters()] for layer in layers]

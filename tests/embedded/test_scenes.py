@@ -13,7 +13,9 @@ def test_held_out_combinations_are_disjoint_from_all_training():
     assert parts["pairs"] < parts["train"]
     assert parts["scorer_fit"] < parts["train"]
     assert not parts["pairs"] & parts["scorer_fit"]
-    assert len(parts["train"] | parts["development"] | parts["test"]) == len(scenes.NOUNS) * len(scenes.COLOURS)
+    assert len(parts["train"] | parts["development"] | parts["test"]) == len(scenes.NOUNS) * len(
+        scenes.COLOURS
+    )
 
 
 def test_captions_of_disjoint_combinations_are_disjoint():
@@ -55,7 +57,14 @@ def test_pictures_are_deterministic_and_the_seed_and_finish_matter():
     assert picture.shape == (64, 64, 3)
     assert picture.dtype == np.uint8
     assert np.array_equal(picture, scenes.render(scene))
-    for other in ({"seed": 4}, {"q": 0.9}, {"place": ""}, {"size": "large"}, {"noun": "owl"}, {"colour": "red"}):
+    for other in (
+        {"seed": 4},
+        {"q": 0.9},
+        {"place": ""},
+        {"size": "large"},
+        {"noun": "owl"},
+        {"colour": "red"},
+    ):
         assert not np.array_equal(picture, scenes.render(scenes.Scene(**{**vars(scene), **other}))), other
 
 
@@ -70,7 +79,10 @@ def test_finish_makes_pictures_more_colourful():
 def test_the_place_is_where_the_object_is():
     def centre(place):
         empty = np.asarray(scenes.COLOURS["blue"])
-        away = np.abs(scenes.render(scenes.Scene("fox", "blue", "small", place)).astype(float) - empty).sum(-1) > 120
+        away = (
+            np.abs(scenes.render(scenes.Scene("fox", "blue", "small", place)).astype(float) - empty).sum(-1)
+            > 120
+        )
         return np.argwhere(away).mean(0)
 
     middle = centre("")

@@ -13,7 +13,7 @@ def test_win_rate_counts_ties_half():
 
 @pytest.mark.parametrize(("base", "aligned"), [([1.0], [1.0, 2.0]), ([1.0], [np.nan])])
 def test_win_rate_refuses_what_it_cannot_compare(base, aligned):
-    with pytest.raises(ValueError, match="length|finite"):
+    with pytest.raises(ValueError, match=r"length|finite"):
         win_rate(base, aligned)
 
 
@@ -70,7 +70,9 @@ def test_spearman():
     assert spearman([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # with ties: Pearson's r of the mean ranks (0.5, 0.5, 2, 3) and (0, 1, 2, 3)
-    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], range(4))[0, 1])
+    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(
+        np.corrcoef([0.5, 0.5, 2, 3], range(4))[0, 1]
+    )
     assert np.isnan(spearman([1, 1], [1, 2]))
 
 

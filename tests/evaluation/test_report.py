@@ -22,7 +22,14 @@ def some_result(shift=1.0, n=60):
 
 PROMPTS = ["a fox & a hound", "<b>bold</b>", "a very long prompt " * 12]
 LOG = [
-    {"step": i, "loss": 0.7 - i / 100, "implicit_accuracy": 0.5, "winner_error": -0.1 * i, "loser_error": float("nan")}
+    {
+        "step": i,
+        "loss": 0.7 - i / 100,
+        "implicit_accuracy": 0.5,
+        "chosen_log_ratio": 0.1 * i,
+        "rejected_log_ratio": float("nan"),
+    }
+    | ({"validation/judge_change": i / 30} if i % 10 == 0 else {})
     for i in range(30)
 ]
 
@@ -40,7 +47,7 @@ def test_it_needs_nothing_but_itself(page):
     assert "http" not in page
     assert "<script" not in page
     sources = re.findall(r'(?:src|href|srcset)="([^"]{0,40})', page)
-    assert len(sources) >= 2 * len(PROMPTS) + 2 * 3
+    assert len(sources) >= 2 * len(PROMPTS) + 2 * 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
@@ -58,19 +65,23 @@ def test_text_from_users_is_escaped(page):
 
 
 def test_light_and_dark(page):
-    assert page.count("prefers-color-scheme: dark") == 1 + 3  # the style, and the charts: loss, accuracy, error
+    assert page.count("prefers-color-scheme: dark") == 1 + 4  # style, four charts
 
 
-@pytest.mark.parametrize(("shift", "words"), [(-1.0, "worse than the base"), (0.0, "not clearly better or worse")])
+@pytest.mark.parametrize(
+    ("shift", "words"), [(-1.0, "worse than the base"), (0.0, "not clearly better or worse")]
+)
 def test_bad_news_is_told(tmp_path, shift, words):
-    path = write_report(tmp_path, title="t", result=some_result(shift), prompts=PROMPTS, base=pictures("grey"),
-                        aligned=pictures("red"))  # fmt: skip
+    sides = {"base": pictures("grey"), "aligned": pictures("red")}
+    path = write_report(tmp_path, title="t", result=some_result(shift), prompts=PROMPTS, **sides)
     assert words in path.read_text(encoding="utf-8")
     assert "Training" not in path.read_text(encoding="utf-8")
 
 
 def test_grid_has_the_base_above_the_aligned(tmp_path):
-    path = grid(tmp_path / "grid.png", ["one", "two", "three"], pictures("grey"), pictures("red"), columns=2, side=96)
+    path = grid(
+        tmp_path / "grid.png", ["one", "two", "three"], pictures("grey"), pictures("red"), columns=2, side=96
+    )
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 60)
     grey = (sheet == 128).all(-1)

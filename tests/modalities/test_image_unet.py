@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 import mmalign
 from mmalign.modalities.image_unet import KOHYA_FILE, LORA_FILE
 from mmalign.records import Comparison, UserError
-from mmalign.surrogate import Cond, FreshNoise, Keys
+from mmalign.surrogate import Cond, FreshNoise, Keys, NoisedProbe
 from mmalign.training.views import WeightViews
 from tests.conftest import picture
 
 
 def add_lora(modality, rank=2, alpha=6):
     modality.network.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=modality.lora_targets(), init_lora_weights=False), "policy"
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=modality.lora_targets(), init_lora_weights=False),
+        "policy",
     )
     return modality
 
@@ -80,7 +81,10 @@ def test_generation_is_the_plain_pipeline_and_does_not_depend_on_the_batch(tiny_
     plain = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     plain.set_progress_bar_config(disable=True)
     expected = plain(
-        prompts[:2], generator=[torch.Generator().manual_seed(s) for s in seeds[:2]], num_inference_steps=3, guidance_scale=4.0
+        prompts[:2],
+        generator=[torch.Generator().manual_seed(s) for s in seeds[:2]],
+        num_inference_steps=3,
+        guidance_scale=4.0,
     ).images
     assert all(np.array_equal(a, b) for a, b in zip(pictures[:2], expected, strict=True))
     assert not np.array_equal(pictures[0], modality.generate(prompts[:1], seeds=[9], num_inference_steps=3)[0])
@@ -123,9 +127,11 @@ def test_adapters_off_is_the_base_bit_for_bit_and_comes_back(tiny_sdxl, pairs):
     probe = probe_of(base, pairs[:2])
     views = WeightViews(modality)
     policy = modality.predict(probe, "policy")
-    with pytest.raises(RuntimeError, match="inside"), views("reference"):
+    with views("reference"):
         assert torch.equal(modality.predict(probe, "reference"), base.predict(probe, "policy"))
-        raise RuntimeError("inside")
+    failing = NoisedProbe(probe.path, probe.x0, probe.t, probe.noise, Cond({}))
+    with pytest.raises(KeyError), views("reference"):
+        modality.predict(failing, "reference")
     assert torch.equal(modality.predict(probe, "policy"), policy)
     assert not torch.equal(policy, base.predict(probe, "policy"))
     trained = [name for name, parameter in modality.network.named_parameters() if parameter.requires_grad]

@@ -61,12 +61,16 @@ def check_case(case, objective, loss_scale):
     )
 
 
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "diffusion_dpo.json").read_text())["cases"], ids=lambda c: c["case"])
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDEN / "diffusion_dpo.json").read_text())["cases"], ids=lambda c: c["case"]
+)
 def test_official_salesforce(case):
     check_case(case, DiffusionDPO(beta=case["beta"]), loss_scale=1)
 
 
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "diffusion_dpo_hf.json").read_text())["cases"], ids=lambda c: c["case"])
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDEN / "diffusion_dpo_hf.json").read_text())["cases"], ids=lambda c: c["case"]
+)
 def test_official_diffusers(case):
     # No half in that code: their beta is half of ours, their ipo value four times ours.
     scale = 4 if case["loss_type"] == "ipo" else 1
@@ -105,7 +109,9 @@ def test_label_smoothing_is_the_expected_loss_under_flipped_labels():
 
 def test_weights_multiply_pairs_and_ties_make_none():
     likelihood = Likelihood({"policy": torch.randn(4), "reference": torch.randn(4)})
-    feedback = Feedback(torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.tensor([3.0, 3.0, 1.0, 1.0]))
+    feedback = Feedback(
+        torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.tensor([3.0, 3.0, 1.0, 1.0])
+    )
     unweighted = Feedback(feedback.group, feedback.score)
     loss = DiffusionDPO(beta=1.0)
     assert torch.allclose(loss(likelihood, feedback), 3 * loss(likelihood, unweighted))
@@ -115,7 +121,9 @@ def test_weights_multiply_pairs_and_ties_make_none():
         loss.check(None, ties)
 
 
-@pytest.mark.parametrize("arguments", [{"beta": 0}, {"beta": 1, "loss_type": "cpo"}, {"beta": 1, "label_smoothing": 0.7}])
+@pytest.mark.parametrize(
+    "arguments", [{"beta": 0}, {"beta": 1, "loss_type": "cpo"}, {"beta": 1, "label_smoothing": 0.7}]
+)
 def test_wrong_hyperparameters_are_refused(arguments):
     with pytest.raises(ValueError, match="it "):
         DiffusionDPO(**arguments)

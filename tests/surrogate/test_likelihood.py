@@ -5,7 +5,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmalign.surrogate import Cond, Feedback, NoisedProbe, TokenProbe, TransitionProbe, VariancePreserving, evaluate
+from mmalign.surrogate import (
+    Cond,
+    Feedback,
+    NoisedProbe,
+    TokenProbe,
+    TransitionProbe,
+    VariancePreserving,
+    evaluate,
+)
 
 PATH = VariancePreserving(torch.linspace(0.999, 0.005, 1000))
 
@@ -17,7 +25,10 @@ def test_pairs_stay_in_their_group_and_leave_ties_out():
 
 
 def test_condition_rows_dropout_and_views():
-    cond = Cond({"embeds": torch.arange(6.0).reshape(3, 2), "patches": [1, 2, 3], "user": torch.ones(3, 1)}, frozenset({"user"}))
+    cond = Cond(
+        {"embeds": torch.arange(6.0).reshape(3, 2), "patches": [1, 2, 3], "user": torch.ones(3, 1)},
+        frozenset({"user"}),
+    )
     assert cond.rows([2, 0])["patches"] == [3, 1]
     dropped = cond.where(torch.tensor([False, True, False]), {"embeds": torch.full((1, 2), -1.0), "patches": [9]})
     assert dropped["embeds"].tolist() == [[0, 1], [-1, -1], [4, 5]]
@@ -51,7 +62,11 @@ def test_token_probe_sums_answer_tokens_and_batches_by_rows():
 
 def test_transition_probe_is_a_gaussian():
     x_t, prediction, x_s = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64).unbind(0)
-    t, s, std = torch.tensor([800, 500]), torch.tensor([700, 400]), torch.tensor([0.3, 0.2], dtype=torch.float64)
+    t, s, std = (
+        torch.tensor([800, 500]),
+        torch.tensor([700, 400]),
+        torch.tensor([0.3, 0.2], dtype=torch.float64),
+    )
     probe = TransitionProbe(PATH, x_t, x_s, t, s, std, Cond({}))
     gaussian = torch.distributions.Normal(PATH.move(prediction, x_t, t, s), std.reshape(-1, 1, 1, 1))
     assert torch.allclose(probe.logp(prediction), gaussian.log_prob(x_s).flatten(1).mean(1))

@@ -1,0 +1,205 @@
+"""The `mmalign` command. Each command is a function; tyro makes its flags from the signature.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong (one sentence: what, where, what to do).
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from mmalign import bundled
+from mmalign.records import UserError
+
+USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its flags)
+
+  quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
+  train RECIPE          align a model; every field of the recipe is a flag
+  compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
+  score PATH            score a picture or a folder of pictures
+  recipes [copy NAME]   list the bundled recipes, or copy one to edit
+  scorers               list the bundled scorers
+  demo                  compare base and aligned model in the browser
+"""
+
+
+def quickstart(output_dir: str = "quickstart", small: bool = False, seed: int = 0) -> None:
+    """Aligns the embedded model to a preference and shows that it got better; about three minutes on 2 cores.
+
+    Args:
+        output_dir: where everything goes.
+        small: a few pictures and steps, to see that it works; its figures mean nothing.
+        seed: of the candidates and of training; the pictures of the report have their own, fixed ones.
+    """
+    print("mmalign quickstart: loading the libraries ...", flush=True)
+    from mmalign.quickstart import main
+
+    main(output_dir, small=small, seed=seed)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Runs a recipe, with flags over it."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("mmalign train needs a recipe: a bundled name (see mmalign recipes) or a path to a .py file.")
+    from mmalign.recipe import load_recipe, with_flags
+
+    run = with_flags(load_recipe(argv[0]), argv[1:], prog=f"mmalign train {argv[0]}")
+    from mmalign.commands import quiet_libraries
+    from mmalign.training.loop import train as run_training
+
+    quiet_libraries()
+    every = max(1, run.max_train_steps // 100)
+
+    def watch(step: int, metrics: dict[str, float]) -> None:
+        if step % every == 0 or step == run.max_train_steps:
+            shown = (
+                "loss",
+                "implicit_accuracy",
+                "margin",
+                "grad_norm",
+                "samples_per_second",
+                "peak_memory_gib",
+            )
+            listed = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+            print(f"step {step}/{run.max_train_steps}: {listed}", flush=True)
+
+    print(f"Done: {run_training(run, watch=watch)}")
+
+
+def compare(
+    base: Annotated[str, "positional"],
+    aligned: Annotated[str, "positional"],
+    prompts: str,
+    scorer: tuple[str, ...] = ("embedded-hps", "embedded-clip"),
+    output_dir: str = "compare",
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> None:
+    """Generates from both models with the same prompts and seeds, scores them and writes a report.
+
+    Args:
+        base: model: hub id, pipeline folder or .safetensors file; "embedded" for the embedded one.
+        aligned: a LoRA (file or folder) for that model, or another model.
+        prompts: text file, one prompt a line; or a split of the embedded prompts, such as embedded:test.
+        scorer: scorers that judge; see mmalign scorers.
+        output_dir: where report.html and grid.png go.
+        num_inference_steps: sampling steps; default the pipeline's.
+        guidance_scale: default the pipeline's.
+        seed: of the first picture; the others count on.
+        limit: take the first so many prompts.
+    """
+    from mmalign.commands import compare_models
+
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    compare_models(base, aligned, prompts, scorer, output_dir, seed=seed, limit=limit, **settings)
+
+
+def score(
+    path: Annotated[str, "positional"],
+    scorer: tuple[str, ...] = ("embedded-hps",),
+    prompt: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Scores pictures; prints a table and writes it as CSV.
+
+    Args:
+        path: a picture, or a folder of pictures.
+        scorer: one or more scorers; see mmalign scorers.
+        prompt: for all pictures; without it each picture's prompt is the text file beside it (fox.png, fox.txt).
+        output: CSV file; default scores.csv in the folder.
+    """
+    from mmalign.commands import score_pictures
+
+    score_pictures(path, scorer, prompt, output)
+
+
+def recipes(argv: Sequence[str]) -> None:
+    """Lists the bundled recipes, or copies one."""
+    from mmalign.recipe import copy_recipe, listed
+
+    if argv[:1] == ["copy"] and len(argv) == 2:
+        print(copy_recipe(argv[1]))
+    elif not argv:
+        for name, line in listed().items():
+            print(f"{name:<28}{line}")
+    else:
+        raise UserError("mmalign recipes lists them; mmalign recipes copy NAME copies one into this folder.")
+
+
+def scorers() -> None:
+    """Lists the bundled scorers."""
+    from mmalign.scoring.scorer import list_scorers
+
+    for name in list_scorers():
+        print(name)
+
+
+def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> None:
+    """Opens the Compare page on this machine.
+
+    Args:
+        lora: a LoRA (file or folder) for the base.
+        base: the model; default the embedded one.
+        port: of the page, on 127.0.0.1.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError("mmalign demo needs gradio: pip install 'mmalign[demo]'.") from error
+    import runpy
+
+    runpy.run_path(str(bundled("demo") / "app.py"))["launch"](base=base, lora=lora, port=port)
+
+
+FLAGS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "compare": compare,
+    "score": score,
+    "scorers": scorers,
+    "demo": demo,
+}
+OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "recipes": recipes}
+
+
+def parsed(function: Any, argv: Sequence[str], *, prog: str, **options: Any) -> Any:
+    """Calls `function` with what tyro reads from `argv`; an unknown flag is one sentence with the nearest name."""
+    import difflib
+
+    import tyro
+
+    known = {name for action in tyro.extras.get_parser(function, **options)._actions for name in action.option_strings}
+    given = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--") and len(word) > 2]
+    for flag in given:
+        if flag not in {name.replace("_", "-") for name in known}:
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.4)
+            raise UserError(f"{flag} is no flag of {prog}" + (f"; did you mean {near[0]}?" if near else "."))
+    return tyro.cli(function, args=argv, prog=prog, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    try:
+        name, rest = argv[0], argv[1:]
+        if name in OWN:
+            OWN[name](rest)
+        elif name in FLAGS:
+            parsed(FLAGS[name], rest, prog=f"mmalign {name}")
+        else:
+            raise UserError(f"{name!r} is no command of mmalign; there are {', '.join(sorted(OWN | FLAGS))}.")
+    except UserError as error:
+        print(f"mmalign: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mmalign: interrupted.", file=sys.stderr)
+        sys.exit(1)
+    except (RuntimeError, InterruptedError) as error:
+        print(f"mmalign: the run failed: {error}", file=sys.stderr)
+        sys.exit(1)

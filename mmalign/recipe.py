@@ -1,0 +1,106 @@
+"""Recipes: one runnable Python file each, with a function `recipe() -> Run`; every field of Run is a flag over it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import runpy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmalign import bundled
+from mmalign.records import UserError
+
+
+def listed() -> dict[str, str]:
+    """Name -> first line of the docstring, of every bundled recipe."""
+    files = sorted(bundled("recipes").glob("*.py"))
+    return {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
+
+
+def copy_recipe(name: str) -> Path:
+    """Copies a bundled recipe into the current folder."""
+    target = Path.cwd() / f"{name}.py"
+    if target.exists():
+        raise UserError(f"{target}: exists already; rename it, or copy into another folder.")
+    return Path(shutil.copy(_file(name), target))
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UserError(f"{name}: no such recipe file; mmalign recipes lists the bundled ones.")
+        return path
+    names = list(listed())
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
+        raise UserError(f"{name}: no bundled recipe of that name; {hint}")
+    return bundled("recipes") / f"{name}.py"
+
+
+def load_recipe(name: str) -> Any:
+    """The Run of a bundled recipe's name or a `.py` file.
+
+    Raises:
+        UserError: no such recipe, or the file does not parse, does not run or has no `recipe()`.
+    """
+    file = _file(name)
+    try:
+        made = runpy.run_path(str(file))["recipe"]()
+    except SyntaxError as error:
+        raise UserError(f"{file}: line {error.lineno} does not parse ({error.msg}).") from error
+    except KeyError as error:
+        raise UserError(f"{file}: has no function {error}; a recipe needs `def recipe() -> Run`.") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except Exception as error:  # whatever somebody's Python file may raise
+        raise UserError(f"{file}: does not run ({type(error).__name__}: {error}).") from error
+    from mmalign.training.run import Run
+
+    if not isinstance(made, Run):
+        raise UserError(f"{file}: recipe() returned {type(made).__name__}; it has to return a Run.")
+    return made
+
+
+def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
+    """The run with flags over it; `--objective NAME` switches the method.
+
+    Another method's hyperparameters are never carried over: what the new one has no default for must be given.
+
+    Raises:
+        UserError: an unknown flag or objective, or a value that cannot be.
+    """
+    import tyro
+
+    from mmalign.cli import parsed
+
+    argv, kind = _objective(run, list(argv))
+    objective = run.objective if kind is type(run.objective) else tyro.MISSING
+    # tyro reads types: the field has to be of the concrete method, not of any
+    typed = dataclasses.make_dataclass("Run", [("objective", kind)], bases=(type(run),), frozen=True, kw_only=True)
+    typed.__doc__ = type(run).__doc__
+    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    try:
+        flagged = parsed(typed, argv, prog=prog, default=typed(**{**values, "objective": objective}))
+    except ValueError as error:
+        raise UserError(f"{prog}: {error}.") from error
+    return type(run)(**{field.name: getattr(flagged, field.name) for field in dataclasses.fields(run)})
+
+
+def _objective(run: Any, argv: list[str]) -> tuple[list[str], type]:
+    """Takes `--objective NAME` out of the arguments."""
+    from mmalign import objectives
+
+    for place, word in enumerate(argv):
+        if word == "--objective" or word.startswith("--objective="):
+            name = word.partition("=")[2] or (argv[place + 1] if place + 1 < len(argv) else "")
+            if name not in objectives.__all__:
+                raise UserError(f"--objective {name}: no such method; there are {', '.join(objectives.__all__)}.")
+            rest = argv[:place] + argv[place + (1 if "=" in word else 2) :]
+            return rest, getattr(objectives, name)
+    return argv, type(run.objective)

@@ -1,0 +1,85 @@
+"""The model card of an output folder: what was done, with which figures, and how to use the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mmalign import storage
+from mmalign.training.run import Run
+
+TEMPLATE = """---
+base_model: {{ run.pretrained_model_name_or_path }}
+library_name: diffusers
+tags: [mmalign, preference-alignment, {{ method }}{{ ", lora" if run.use_lora }}]
+---
+# {{ title }}
+
+{{ run.pretrained_model_name_or_path }} aligned by {{ method }} with [mmalign](https://github.com/mmalign/mmalign):
+{{ steps }} steps of {{ terms }} terms on {{ count }} comparisons of {{ run.dataset_name }}.
+{% if results %}
+{{ results }}
+{% endif %}
+## Use
+```python
+from diffusers import DiffusionPipeline
+{% if run.use_lora %}
+pipeline = DiffusionPipeline.from_pretrained("{{ run.pretrained_model_name_or_path }}")
+pipeline.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
+{%- else %}
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+{%- endif %}
+```
+{% if run.use_lora %}`pytorch_lora_weights_kohya.safetensors` is the same LoRA for ComfyUI and A1111.
+{% endif %}
+## Training
+| | |
+| --- | --- |
+| objective | {{ objective }} |
+| learning rate | {{ run.learning_rate }}, {{ run.lr_scheduler }}, {{ run.lr_warmup_steps }} warm-up steps |
+| optimizer | {{ run.optimizer }} |
+{% if run.use_lora %}| LoRA | rank {{ run.rank }}, alpha {{ run.lora_alpha or run.rank }} |
+{% endif %}| seed | {{ run.seed }} |
+{% for name, first, last in curves %}| {{ name }}, first and last tenth of the run | {{ first }}, {{ last }} |
+{% endfor %}
+`recipe.json` has every setting and the versions, `metrics.jsonl` every step.
+"""
+
+
+def write_card(
+    output_dir: Path, run: Run, rows: Sequence[dict[str, float]], *, comparisons_count: int, results: str = ""
+) -> None:
+    """Writes `README.md`.
+
+    Args:
+        output_dir: the run's folder.
+        run: the recipe.
+        rows: of `metrics.jsonl`.
+        comparisons_count: size of the data.
+        results: Markdown of an evaluation, if there was one.
+    """
+    tenth = max(1, len(rows) // 10)
+    shown = ("loss", "implicit_accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio", "grad_norm")
+    curves = []
+    for name in shown:
+        values = [row[name] for row in rows if name in row]
+        if values:
+            ends = (values[:tenth], values[-tenth:])
+            curves.append((name, *(f"{sum(end) / len(end):.4g}" for end in ends)))
+    context: dict[str, Any] = {
+        "run": run,
+        "title": output_dir.name,
+        "method": type(run.objective).__name__,
+        "objective": f"`{run.objective}`",
+        "steps": int(rows[-1]["step"]) if rows else 0,
+        "terms": int(rows[-1]["terms"]) if rows else 0,
+        "count": comparisons_count,
+        "curves": curves,
+        "results": results,
+    }
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
+    with storage.atomic_file(output_dir / "README.md") as temp:
+        temp.write_text(environment.from_string(TEMPLATE).render(context))

@@ -1,0 +1,166 @@
+"""Checkpoints: atomic, resumed exactly, independent of the number of processes.
+
+A checkpoint holds the trained weights, the optimizer's state and integers. There is no random state in it: every
+draw is a function of the seed and a counter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmalign import storage
+from mmalign.records import UserError
+from mmalign.training.run import Run, differences
+
+PREFIX = "checkpoint-"
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    skipped: int = 0
+    groups_per_step: int = 0
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> the parameters that learn, under the names they have without wrappers."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def save(output_dir: Path, network: nn.Module, state: Mapping[str, Any], progress: Progress, run: Run) -> Path:
+    """Writes `checkpoint-N` whole or not at all, then removes those beyond the limit.
+
+    Args:
+        output_dir: the run's folder.
+        network: without wrappers.
+        state: name -> object with `state_dict()` (optimizer, lr_scheduler, scaler).
+        progress: N is `progress.step`.
+        run: for the recipe inside.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints stand as they were.
+    """
+    target = output_dir / f"{PREFIX}{progress.step}"
+    try:
+        with storage.atomic_folder(target) as folder:
+            weights = {name: parameter.detach().contiguous() for name, parameter in trained(network).items()}
+            save_file(weights, folder / "policy.safetensors")
+            torch.save({name: part.state_dict() for name, part in state.items()}, folder / "state.pt")
+            storage.write_json(folder / "progress.json", dataclasses.asdict(progress))
+            storage.write_json(folder / "recipe.json", run.resolved())
+    except OSError as error:
+        raise disk_error(error, target, output_dir) from error
+    prune(output_dir, run.checkpoints_total_limit)
+    return target
+
+
+def disk_error(error: OSError, target: Path, output_dir: Path) -> Exception:
+    """A full disk in one sentence; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+        return error
+    last = storage.newest(output_dir)
+    standing = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+    return UserError(
+        f"{target}: the disk is full; {standing}. Make room, then go on with --resume-from-checkpoint latest."
+    )
+
+
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints beyond `limit`."""
+    numbered = sorted(
+        (int(path.name.removeprefix(PREFIX)), path)
+        for path in output_dir.glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdecimal()
+    )
+    for _, path in numbered[: -limit if limit else 0]:
+        shutil.rmtree(path)
+
+
+def find(run: Run) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start.
+
+    Raises:
+        UserError: the output folder has checkpoints but the run is not a resume; the named checkpoint is not there or
+            damaged; it belongs to another run.
+    """
+    output_dir = Path(run.output_dir)
+    if run.resume_from_checkpoint is None:
+        if any(output_dir.glob(f"{PREFIX}*")):
+            raise UserError(
+                f"{output_dir}: holds another run's checkpoints; choose another --output-dir, or go on with it by"
+                " --resume-from-checkpoint latest."
+            )
+        return None
+    if run.resume_from_checkpoint == "latest":
+        found = storage.newest(output_dir)
+        if found is None:
+            return None
+    else:
+        found = Path(run.resume_from_checkpoint)
+        if not storage.verify(found):
+            raise UserError(f"{found}: is no whole checkpoint; give a folder that mmalign saved, or latest.")
+    other = differences(run.resolved(), storage.read_json(found / "recipe.json"))
+    if other:
+        raise UserError(
+            f"{found}: is of another run (its {', '.join(other)} differ); give the same recipe, or start anew."
+        )
+    return found
+
+
+def restore(folder: Path, network: nn.Module, state: Mapping[str, Any], groups_per_step: int) -> Progress:
+    """Loads what `save` wrote.
+
+    Raises:
+        UserError: its optimizer step had another number of comparisons, or its weights do not fit.
+    """
+    progress = Progress(**storage.read_json(folder / "progress.json"))
+    if progress.groups_per_step != groups_per_step:
+        raise UserError(
+            f"{folder}: a step of it had {progress.groups_per_step} comparisons, now {groups_per_step}; keep"
+            " train_batch_size x gradient_accumulation_steps x processes the same."
+        )
+    saved, own = load_file(folder / "policy.safetensors"), trained(network)
+    if saved.keys() != own.keys():
+        raise UserError(f"{folder}: its weights do not fit this model; give the same model and LoRA settings.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+    loaded = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    for name, part in state.items():
+        part.load_state_dict(loaded[name])
+    return progress
+
+
+def export(modality: Any, output_dir: Path) -> list[str]:
+    """Writes the aligned weights in the family's own formats into `output_dir`; returns the names.
+
+    Each file appears whole: it is written beside and renamed.
+    """
+    staging = output_dir / ".export"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        modality.save(staging)
+        names = sorted(path.name for path in staging.iterdir())
+        for name in names:
+            target = output_dir / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(staging / name, target)
+    except OSError as error:
+        raise disk_error(error, output_dir, output_dir) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return names

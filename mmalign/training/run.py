@@ -1,0 +1,165 @@
+"""The recipe's dataclass. Every field is a flag of `mmalign train`, in diffusers' names where one exists."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mmalign.records import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training run is made of.
+
+    Attributes:
+        pretrained_model_name_or_path: the base: hub id, pipeline folder or single `.safetensors` file.
+        dataset_name: preference data: folder, parquet file or hub id.
+        output_dir: where checkpoints, metrics, the aligned weights and the model card go.
+        objective: the method with its hyperparameters.
+        max_train_steps: optimizer steps.
+        learning_rate: as the optimizer uses it; nothing scales it.
+        pretrained_vae_model_name_or_path: another VAE; it then runs in the weights' precision.
+        lora: a LoRA to start from; the reference is then that LoRA.
+        resolution: side of the training pictures in pixels; None for the model's own.
+        max_train_samples: read no more comparisons than this.
+        dataset_split: of a hub data set.
+        train_batch_size: comparisons a process takes at once (a pair is two samples).
+        gradient_accumulation_steps: such batches an optimizer step sums.
+        lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
+        lr_warmup_steps: linear warm-up.
+        optimizer: adamw, adamw_8bit (extra `quant`) or adafactor (with the constants of the Diffusion-DPO code).
+        adam_beta1: AdamW's.
+        adam_beta2: AdamW's.
+        adam_epsilon: AdamW's.
+        adam_weight_decay: of either optimizer.
+        max_grad_norm: gradients are clipped to this norm.
+        use_lora: train a LoRA; False trains the whole network against a frozen copy.
+        rank: of the LoRA.
+        lora_alpha: of the LoRA; None means the rank.
+        lora_targets: module names; empty for the modality's own (attention projections).
+        mixed_precision: "auto" is bf16 on an accelerator that has it, else no.
+        gradient_checkpointing: trade a second forward for activations.
+        backward: "two-pass" has the same gradient with the memory of `rows_at_once` samples.
+        rows_at_once: samples a two-pass backward holds.
+        proportion_empty_prompts: share of comparisons that are shown the empty prompt.
+        cache_latents: keep every comparison's latents and embeddings in memory after their first use.
+        checkpointing_steps: save every so many steps.
+        checkpoints_total_limit: keep so many; None keeps all.
+        resume_from_checkpoint: "latest" or a checkpoint's folder.
+        validation_prompts: pictures of these are made with fixed seeds, base beside policy.
+        validation_steps: every so many steps.
+        validation_scorers: scorers that judge them.
+        seed: of everything random.
+        dataloader_num_workers: threads that decode pictures ahead; the batches are the same for any number.
+        report_to: tensorboard, wandb, trackio or none; `metrics.jsonl` is always written.
+        push_to_hub: upload the result.
+        hub_model_id: where to; default the output folder's name.
+        max_skipped_steps: stop after so many steps with non-finite gradients.
+    """
+
+    pretrained_model_name_or_path: str
+    dataset_name: str
+    output_dir: str
+    objective: Any
+    max_train_steps: int
+    learning_rate: float
+    pretrained_vae_model_name_or_path: str | None = None
+    lora: str | None = None
+    resolution: int | None = None
+    max_train_samples: int | None = None
+    dataset_split: str = "train"
+    train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    adam_weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    use_lora: bool = True
+    rank: int = 8
+    lora_alpha: int | None = None
+    lora_targets: tuple[str, ...] = ()
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = False
+    backward: Literal["plain", "two-pass"] = "plain"
+    rows_at_once: int = 1
+    proportion_empty_prompts: float = 0.0
+    cache_latents: bool = False
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: int = 100
+    validation_scorers: tuple[str, ...] = ()
+    seed: int = 0
+    dataloader_num_workers: int = 0
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "rank",
+            "rows_at_once",
+        )
+        for name in (*at_least_one, "checkpointing_steps", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it has to be 1 or more.")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise UserError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it has to be in [0, 1].")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate is {self.learning_rate}; it has to be above 0.")
+        if self.lora and not self.use_lora:
+            raise UserError("lora is given but use_lora is off; a full fine-tune cannot start from a LoRA.")
+        if self.backward == "two-pass" and getattr(self.objective, "mixes", False):
+            raise UserError(f"{type(self.objective).__name__} mixes predictions, so backward has to be plain.")
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain values, for `recipe.json`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["objective"] = {"name": type(self.objective).__name__, **_plain(self.objective)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _plain(objective: Any) -> dict[str, Any]:
+    fields = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
+    return {name: repr(value) if dataclasses.is_dataclass(value) else value for name, value in fields.items()}
+
+
+# What may differ between a run and the checkpoint it continues: where it writes, how long, how it is watched, and how a
+# step's comparisons are dealt to processes and batches, as long as their number stays (checked at resume).
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "backward",
+    "rows_at_once",
+    "gradient_checkpointing",
+    "cache_latents",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "validation_prompts",
+    "validation_steps",
+    "validation_scorers",
+    "dataloader_num_workers",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "max_skipped_steps",
+}
+
+
+def differences(own: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """Fields in which two resolved recipes are different runs."""
+    return sorted(name for name in own if name not in _FREE_TO_CHANGE and own[name] != saved.get(name))

@@ -1,0 +1,184 @@
+"""One optimizer step: from comparisons to gradients.
+
+The mean is over the whole step: every micro-batch and process divides by the number of terms that the objective
+returns for all of them together, so the gradient does not depend on how a step is cut.
+
+Shapes: N samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.records import Comparison
+from mmalign.surrogate import AnswerTokens, Cond, Feedback, FreshNoise, Keys, Likelihood, Probe, evaluate
+from mmalign.surrogate.draws import normal, uniform
+from mmalign.training.run import Run
+from mmalign.training.views import WeightViews
+
+
+def feedback_of(items: Sequence[Comparison]) -> Feedback:
+    """Flat feedback of whole comparisons, in their order."""
+    members = [(item, k) for item in items for k in range(len(item.media))]
+    return Feedback(
+        torch.tensor([item.group for item, _ in members]),
+        torch.tensor([float(item.score[k]) for item, k in members]),
+        torch.tensor([float(item.weight) for item, _ in members]),
+    )
+
+
+def keys_of(items: Sequence[Comparison], draws: Sequence[int], seed: int) -> Keys:
+    """What names the samples to the counter-based generator."""
+    members = [(item.group, k, draw) for item, draw in zip(items, draws, strict=True) for k in range(len(item.media))]
+    group, position, draw = torch.tensor(members, dtype=torch.int64).unbind(1)
+    return Keys(seed, group, position, draw)
+
+
+class Encoder:
+    """Comparisons to latents and conditions, kept in memory after their first use when `keep` is set."""
+
+    def __init__(self, modality: Any, keep: bool) -> None:
+        self.modality, self.keep = modality, keep
+        self.kept: dict[str, Any] = {}
+
+    def __call__(self, items: Sequence[Comparison]) -> Any:
+        """The modality's Encoded of the items."""
+        if not self.keep:
+            return self.modality.encode(items)
+        for item in items:
+            if item.id not in self.kept:
+                self.kept[item.id] = self.modality.encode([item])
+        parts = [self.kept[item.id] for item in items]
+        return type(parts[0]).cat(parts)
+
+
+class Step:
+    """Asks, compares and differentiates; knows no method and no modality by name.
+
+    Args:
+        run: its objective, backward mode, dropout and seed.
+        modality: encodes and predicts.
+        views: switches the weights.
+        accelerator: runs backward and sums over processes.
+    """
+
+    def __init__(self, run: Run, modality: Any, views: WeightViews, accelerator: Any) -> None:
+        self.run, self.modality, self.views, self.accelerator = run, modality, views, accelerator
+        self.objective = run.objective
+        self.draw = self.objective.draw or (FreshNoise() if modality.path is not None else AnswerTokens())
+        self.encode = Encoder(modality, run.cache_latents)
+        self.empty: Cond | None = modality.empty() if run.proportion_empty_prompts else None
+
+    def terms(self, items: Sequence[Comparison]) -> int:
+        """How many numbers the objective will return for these comparisons."""
+        feedback = feedback_of(items)
+        zero = torch.zeros(len(feedback.score))
+        return len(self.objective(Likelihood(dict.fromkeys(("policy", *self.objective.needs), zero)), feedback))
+
+    def probe(self, items: Sequence[Comparison], draws: Sequence[int]) -> tuple[Probe, Feedback]:
+        """Encodes comparisons and draws where their likelihood is asked."""
+        encoded = self.encode(items)
+        keys, cond = keys_of(items, draws, self.run.seed), encoded.cond
+        if self.empty is not None:
+            cond = cond.where(uniform(keys, "caption dropout") < self.run.proportion_empty_prompts, self.empty)
+        x0 = encoded.x0
+        if encoded.x0_std is not None:
+            x0 = x0 + encoded.x0_std * normal(keys, "posterior", x0)
+        probe = self.draw(x0, cond, keys, self.modality.path, self._ask)
+        return probe, feedback_of(items).to(x0.device)
+
+    @torch.no_grad()
+    def _ask(self, probe: Probe, view: str = "policy") -> Tensor:
+        """For draws that ask the network themselves (inversions): no gradient, row by row where memory asks."""
+        with self.views(view):
+            return torch.cat([self.modality.predict(probe[rows], view) for rows in self._rows(len(probe))])
+
+    def _rows(self, count: int) -> list[slice]:
+        size = self.run.rows_at_once if self.run.backward == "two-pass" else count
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def backward(self, probe: Probe, feedback: Feedback, scale: float, last: bool) -> tuple[Likelihood, Tensor]:
+        """Adds a micro-batch's gradient; `last` is the one after which processes sum theirs.
+
+        Returns:
+            The likelihood and the unreduced loss, both without gradient.
+        """
+        two_pass = self.run.backward == "two-pass"
+        likelihood, loss = (self._two_pass if two_pass else self._plain)(probe, feedback, scale, last)
+        logp = {view: value.detach() for view, value in likelihood.logp.items()}
+        return Likelihood(logp, {}, probe), loss.detach()
+
+    def _sync(self, wanted: bool) -> Any:
+        return nullcontext() if wanted else self.accelerator.no_sync(self.modality.network)
+
+    def _plain(self, probe: Probe, feedback: Feedback, scale: float, last: bool) -> tuple[Likelihood, Tensor]:
+        mixes = getattr(self.objective, "mixes", False)
+        with self._sync(last):
+            likelihood = evaluate(self.modality, probe, self.objective.needs, use=self.views, keep_prediction=mixes)
+            loss = self.objective(likelihood, feedback)
+            self.accelerator.backward(loss.sum() * scale)
+        return likelihood, loss
+
+    def _two_pass(self, probe: Probe, feedback: Feedback, scale: float, last: bool) -> tuple[Likelihood, Tensor]:
+        """An objective is a function of N numbers: differentiate it there, then re-run the network row by row."""
+        rows = self._rows(len(probe))
+        with torch.no_grad():
+            parts = [evaluate(self.modality, probe[part], self.objective.needs, use=self.views).logp for part in rows]
+        logp = {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+        leaf = logp["policy"] = logp["policy"].requires_grad_()
+        likelihood = Likelihood(logp, {}, probe)
+        loss = self.objective(likelihood, feedback)
+        (coefficient,) = torch.autograd.grad(loss.sum() * scale, leaf)
+        for part in rows:
+            with self._sync(last and part is rows[-1]):
+                asked = probe[part]
+                value = asked.logp(self.modality.predict(asked, "policy"))
+                self.accelerator.backward((coefficient[part] * value).sum())
+        return likelihood, loss
+
+
+BUCKETS = 4
+
+
+class Meter:
+    """Sums over a step's micro-batches; `means` sums over processes once, at the step's end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
+        self.sums[name + "/n"] = self.sums.get(name + "/n", 0.0) + values.numel()
+
+    def add(self, likelihood: Likelihood, loss: Tensor, feedback: Feedback) -> None:
+        """Takes in one micro-batch."""
+        self._add("loss", loss)
+        win, lose = feedback.pairs()
+        relative = "reference" in likelihood.logp
+        value = likelihood.log_ratio if relative else likelihood.logp["policy"]
+        margin = value[win] - value[lose]
+        accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()
+        name = "log_ratio" if relative else "logp"
+        for key, values in [
+            ("chosen_" + name, value[win]),
+            ("rejected_" + name, value[lose]),
+            ("margin", margin),
+        ]:
+            self._add(key, values)
+        self._add("implicit_accuracy", accuracy)
+        t, path = getattr(likelihood.probe, "t", None), getattr(likelihood.probe, "path", None)
+        bucket = (path.fraction(t)[win] * BUCKETS).long() if t is not None and path is not None else None
+        for number in range(BUCKETS if bucket is not None else 0):
+            self._add(f"implicit_accuracy_t{number}", accuracy[bucket == number])
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Name -> mean over everything that was added on all processes; names without a value are left out."""
+        names = sorted(self.sums)
+        total = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
+        total = dict(zip(names, accelerator.reduce(total, "sum").tolist(), strict=True))
+        return {name: total[name] / total[name + "/n"] for name in names if total.get(name + "/n")}

@@ -1,0 +1,46 @@
+"""Looking at the policy while it learns: the same prompts and seeds every time, base beside policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmalign
+from mmalign.evaluation.report import grid
+from mmalign.training.run import Run
+from mmalign.training.views import WeightViews
+
+
+class Validation:
+    """Makes the pictures and asks the scorers.
+
+    The base's pictures and scores are made once, at the first call; what is reported is a scorer's mean over the
+    prompts for the policy and its change from the base.
+    """
+
+    def __init__(self, run: Run, modality: Any, views: WeightViews) -> None:
+        self.run, self.modality, self.views = run, modality, views
+        self.scorers = {name: mmalign.load_scorer(name) for name in run.validation_scorers}
+        self.base: list[Any] = []
+
+    def _generate(self, view: str) -> list[Any]:
+        prompts = list(self.run.validation_prompts)
+        with torch.no_grad(), self.views(view):
+            return self.modality.generate(prompts, seeds=range(len(prompts)))
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Writes `validation/step-N.png`; returns the scores."""
+        prompts = list(self.run.validation_prompts)
+        self.base = self.base or self._generate("reference")
+        policy = self._generate("policy")
+        folder = Path(self.run.output_dir) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(folder / f"step-{step:06d}.png", prompts, self.base, policy)
+        metrics: dict[str, float] = {}
+        for name, scorer in self.scorers.items():
+            before, after = scorer.score(self.base, prompts), scorer.score(policy, prompts)
+            metrics[f"validation/{name}"] = after.mean().item()
+            metrics[f"validation/{name}_change"] = (after - before).mean().item()
+        return metrics

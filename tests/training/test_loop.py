@@ -1,0 +1,290 @@
+"""The trainer on one tiny model: what must not matter does not, and what was interrupted goes on bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmalign
+from mmalign.objectives import SFT, DiffusionDPO
+from mmalign.records import UserError
+from mmalign.training.loop import train
+from mmalign.training.run import Run
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture
+def recipe(tiny_sdxl, tmp_path):
+    return Run(
+        pretrained_model_name_or_path=str(tiny_sdxl),
+        dataset_name="twelve pairs",
+        output_dir=str(tmp_path / "run"),
+        objective=DiffusionDPO(beta=2000),
+        max_train_steps=3,
+        learning_rate=1e-3,
+        train_batch_size=4,
+        rank=2,
+        seed=7,
+    )
+
+
+def run_it(recipe, pairs, dtype=torch.float64, **changes):
+    run = replace(recipe, **changes)
+    modality = mmalign.load(run.pretrained_model_name_or_path, lora=run.lora, dtype=dtype)
+    output = train(run, modality=modality, comparisons=pairs, say=quiet)
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], output
+
+
+def curve(rows, name="loss"):
+    return [row[name] for row in rows]
+
+
+def test_the_first_loss_is_ln_2_and_training_lowers_it(recipe, pairs):
+    rows, output = run_it(recipe, pairs[:4], max_train_steps=12, checkpointing_steps=12)
+    assert rows[0]["loss"] == pytest.approx(0.6931471805599453, rel=1e-12)
+    assert sum(curve(rows)[-4:]) / 4 < rows[0]["loss"]
+    assert {"chosen_log_ratio", "rejected_log_ratio", "margin", "implicit_accuracy", "grad_norm"} <= rows[-1].keys()
+    assert {path.name for path in output.iterdir()} >= {
+        "checkpoint-12",
+        "README.md",
+        "recipe.json",
+        "metrics.jsonl",
+        "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"train_batch_size": 2, "gradient_accumulation_steps": 2, "backward": "two-pass", "rows_at_once": 1},
+        {"backward": "two-pass", "rows_at_once": 3},
+        {"dataloader_num_workers": 3},
+        {"cache_latents": True},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_how_a_step_is_cut_does_not_matter(recipe, pairs, changes, tmp_path):
+    expected, _ = run_it(recipe, pairs, proportion_empty_prompts=0.3)
+    rows, _ = run_it(recipe, pairs, proportion_empty_prompts=0.3, output_dir=str(tmp_path / "other"), **changes)
+    assert curve(rows) == pytest.approx(curve(expected), rel=1e-9)
+    # Gradients, not weights: Adam's first steps are the gradient's sign
+    assert curve(rows, "grad_norm") == pytest.approx(curve(expected, "grad_norm"), rel=1e-6)
+
+
+def test_ties_are_no_terms_wherever_they_stand(recipe, pairs, tmp_path):
+    with_ties = [replace(pair, score=(0.5, 0.5)) if i % 3 == 0 else pair for i, pair in enumerate(pairs)]
+    expected, _ = run_it(recipe, with_ties)
+    rows, _ = run_it(
+        recipe,
+        with_ties,
+        train_batch_size=1,
+        gradient_accumulation_steps=4,
+        output_dir=str(tmp_path / "other"),
+    )
+    assert curve(rows) == pytest.approx(curve(expected), rel=1e-9)
+    assert curve(rows, "terms") == curve(expected, "terms")
+    assert max(curve(rows, "terms")) < 4
+
+
+def test_adapters_off_is_a_frozen_copy(recipe, pairs, tmp_path):
+    """LoRA against itself with adapters off, and against a second, frozen model, give the same losses."""
+    from contextlib import contextmanager
+
+    from mmalign.training import prepare
+
+    expected, _ = run_it(recipe, pairs)
+    frozen = mmalign.load(recipe.pretrained_model_name_or_path, dtype=torch.float64)
+
+    class FrozenCopy(prepare.WeightViews):
+        @contextmanager
+        def __call__(self, view):
+            policy = self.modality.network
+            self.modality.network = frozen.network if view == "reference" else policy
+            yield
+            self.modality.network = policy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "WeightViews", FrozenCopy)
+        rows, _ = run_it(recipe, pairs, output_dir=str(tmp_path / "other"))
+    assert curve(rows) == curve(expected)
+
+
+def test_full_fine_tune_saves_a_pipeline_and_keeps_its_reference(recipe, pairs, tmp_path):
+    rows, output = run_it(recipe, pairs, use_lora=False, learning_rate=1e-4, max_train_steps=4)
+    assert rows[0]["loss"] == pytest.approx(0.6931471805599453, rel=1e-12)
+    assert rows[-1]["loss"] != rows[0]["loss"]
+    trained, base = mmalign.load(output), mmalign.load(recipe.pretrained_model_name_or_path)
+    changed = [
+        not torch.equal(a, b) for a, b in zip(trained.network.parameters(), base.network.parameters(), strict=True)
+    ]
+    assert all(changed[:4])
+
+
+def test_sft_needs_no_reference(recipe, pairs):
+    rows, _ = run_it(recipe, pairs, objective=SFT(), max_train_steps=2)
+    assert "chosen_logp" in rows[0]
+    assert "chosen_log_ratio" not in rows[0]
+
+
+def test_starting_from_a_lora_makes_it_the_reference(recipe, pairs, tmp_path):
+    _, first = run_it(recipe, pairs, learning_rate=1e-2)
+    rows, second = run_it(recipe, pairs, lora=str(first), output_dir=str(tmp_path / "second"), learning_rate=1e-2)
+    assert rows[0]["loss"] == pytest.approx(0.6931471805599453, rel=1e-12)
+    start, end = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (first, second))
+    assert start.keys() == end.keys()
+    assert any(not torch.equal(start[key], end[key]) for key in start)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_resumed_is_uninterrupted_bit_for_bit(recipe, pairs, at, tmp_path):
+    settings = {"max_train_steps": 4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3}
+    expected, whole = run_it(recipe, pairs, **settings, output_dir=str(tmp_path / "whole"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, metrics):
+        if step == at + 1:
+            raise Killed
+
+    run = replace(recipe, **settings, checkpointing_steps=at)
+    with pytest.raises(Killed):
+        train(
+            run,
+            modality=mmalign.load(run.pretrained_model_name_or_path, dtype=torch.float64),
+            comparisons=pairs,
+            watch=kill,
+            say=quiet,
+        )
+    rows, output = run_it(recipe, pairs, **settings, checkpointing_steps=at, resume_from_checkpoint="latest")
+    assert curve(rows) == curve(expected)
+    assert curve(rows, "learning_rate") == curve(expected, "learning_rate")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    ours, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (output, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_kill_inside_a_save_leaves_the_last_checkpoint(recipe, pairs, tmp_path, monkeypatch):
+    expected, _ = run_it(recipe, pairs, max_train_steps=4, output_dir=str(tmp_path / "whole"))
+    from mmalign.training import checkpoint
+
+    real = checkpoint.torch.save
+
+    def killed(value, path, *args, **kwargs):
+        if "checkpoint-3" in str(path):
+            raise KeyboardInterrupt
+        return real(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_it(recipe, pairs, max_train_steps=4, checkpointing_steps=1)
+    monkeypatch.undo()
+    # A save that dies with the process leaves its half-written folder; one more, damaged, checkpoint
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    rows, _ = run_it(recipe, pairs, max_train_steps=4, resume_from_checkpoint="latest")
+    assert curve(rows) == curve(expected)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(recipe, pairs, monkeypatch):
+    from mmalign.training import checkpoint
+
+    real = checkpoint.save_file
+
+    def full(tensors, path, *args, **kwargs):
+        if "checkpoint-2" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"disk is full; the last good checkpoint is .*checkpoint-1"):
+        run_it(recipe, pairs, checkpointing_steps=1)
+
+
+def test_output_folders_are_not_mixed_up(recipe, pairs):
+    run_it(recipe, pairs, checkpointing_steps=3)
+    with pytest.raises(UserError, match="holds another run's checkpoints"):
+        run_it(recipe, pairs)
+    with pytest.raises(UserError, match=r"learning_rate, seed differ"):
+        run_it(recipe, pairs, resume_from_checkpoint="latest", seed=8, learning_rate=2e-3)
+    with pytest.raises(UserError, match="had 4 comparisons, now 8"):
+        run_it(recipe, pairs, resume_from_checkpoint="latest", train_batch_size=8, max_train_steps=5)
+
+
+def test_checkpoints_are_limited(recipe, pairs):
+    _, output = run_it(recipe, pairs, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_non_finite_gradients_are_skipped_counted_and_end_the_run(recipe, pairs, monkeypatch):
+    from mmalign.training.step import Step
+
+    real = Step.backward
+
+    def poisoned(self, probe, feedback, scale, last):
+        return real(self, probe, feedback, float("nan"), last)
+
+    monkeypatch.setattr(Step, "backward", poisoned)
+    with pytest.raises(RuntimeError, match="3 steps had non-finite gradients"):
+        run_it(recipe, pairs, max_train_steps=9, max_skipped_steps=2)
+
+
+def test_nothing_to_compare_is_said(recipe, pairs):
+    with pytest.raises(UserError, match="no pair"):
+        run_it(recipe, [replace(pair, score=(1.0, 1.0)) for pair in pairs])
+
+
+TWO = """
+import json, sys, torch
+from tests.conftest import picture
+from mmalign.records import Comparison
+from mmalign.objectives import DiffusionDPO
+from mmalign.training.loop import train
+from mmalign.training.run import Run
+import mmalign
+settings = json.loads(sys.argv[1])
+pairs = [Comparison(id=f"pair-{i}", prompt=["a red fox", "a fox", "red", ""][i % 4],
+         media=(picture(2 * i), picture(2 * i + 1)), score=(i % 2, 1 - i % 2)) for i in range(12)]
+run = Run(objective=DiffusionDPO(beta=2000), **settings)
+train(run, modality=mmalign.load(run.pretrained_model_name_or_path, dtype=torch.float64), comparisons=pairs)
+"""
+
+
+@pytest.mark.parametrize("backward", ["plain", "two-pass"])
+def test_two_processes_equal_one_and_resume_at_one(recipe, pairs, backward, tmp_path):
+    settings = {"backward": backward, "rows_at_once": 2, "max_train_steps": 4}
+    expected, _ = run_it(recipe, pairs, **settings, output_dir=str(tmp_path / "one"))
+    two = replace(recipe, **settings, train_batch_size=2, output_dir=str(tmp_path / "two"))
+    arguments = {k: v for k, v in two.resolved().items() if k != "objective"} | {"max_train_steps": 2}
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        str(script),
+        json.dumps(arguments),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.getcwd(),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, _ = run_it(two, pairs, train_batch_size=4, resume_from_checkpoint="latest")
+    assert curve(rows) == pytest.approx(curve(expected), abs=1e-6)
+    assert curve(rows, "terms") == curve(expected, "terms")
