@@ -57,7 +57,7 @@ def test_light_imports_stay_light(command):
     assert not set(HEAVY) & set(loaded)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["scorers"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"]], ids=" ".join)
 def test_light_commands_stay_light(arguments):
     code = f"""
 import contextlib, sys

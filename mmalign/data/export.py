@@ -16,9 +16,7 @@ from mmalign.storage import atomic_folder
 SHARD_ROWS, GROUP_ROWS = 1000, 100  # comparisons in a parquet file, and in what a reader loads at once
 
 
-def write_comparisons(
-    folder: str | Path, comparisons: Sequence[Comparison], *, layout: str = "jsonl"
-) -> None:
+def write_comparisons(folder: str | Path, comparisons: Sequence[Comparison], *, layout: str = "jsonl") -> None:
     """Write comparisons so that `read_comparisons` gives them back; a former export there is replaced.
 
     Args:
@@ -82,9 +80,7 @@ def _write_parquet(folder: Path, comparisons: Sequence[Comparison]) -> None:
                 writer.write_table(pa.Table.from_pylist(group, schema))
 
 
-def _plain_rows(
-    comparisons: Iterable[Comparison], stored: Callable[[Any, str], Any]
-) -> Iterator[dict[str, Any]]:
+def _plain_rows(comparisons: Iterable[Comparison], stored: Callable[[Any, str], Any]) -> Iterator[dict[str, Any]]:
     """The comparisons as dicts; `stored(medium, its name in an error)` says what stands for a medium."""
     for item in comparisons:
         where = f"comparison {item.id!r}"

@@ -15,10 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.data.export import write_comparisons
 from mmalign.records import Comparison, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+__all__ = ["Dataset", "read_comparisons", "write_comparisons"]
 
 JSONL = "comparisons.jsonl"
 OURS = {"id", "prompt", "media", "score"}
@@ -190,9 +193,7 @@ def _parquet_files(path: Path, split: str) -> list[str]:
     """The parquet files of a split; a file whose name mentions no split belongs to every one."""
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.suffix == ".parquet" for file in files):
-        raise UserError(
-            f"{path}: holds neither {JSONL} nor parquet files; see the known layouts in the guide."
-        )
+        raise UserError(f"{path}: holds neither {JSONL} nor parquet files; see the known layouts in the guide.")
     if path.is_file():
         return [str(path)]
 

@@ -36,9 +36,7 @@ def best_worst(
     """
     sources = sources or [[str(number) for number in range(len(row))] for row in media]
     if not len(prompts) == len(media) == len(scores) == len(sources):
-        raise UserError(
-            f"{len(prompts)} prompts with {len(media)} lists of media and {len(scores)} of scores."
-        )
+        raise UserError(f"{len(prompts)} prompts with {len(media)} lists of media and {len(scores)} of scores.")
     pairs = [_pair(*row) for row in zip(prompts, media, scores, sources, strict=True)]
     untied = [pair for pair in pairs if _margin(pair) > 0]
     clear = [pair for pair in untied if _margin(pair) >= min_margin]
@@ -60,9 +58,7 @@ def _margin(pair: Comparison) -> float:
 def _pair(prompt: str, media: Sequence, scores: Sequence[float], sources: Sequence[str]) -> Comparison:
     scores = [float(score) for score in scores]
     if not len(media) == len(scores) == len(sources) >= 2 or not all(map(math.isfinite, scores)):
-        raise UserError(
-            f"prompt {prompt!r}: needs two or more candidates, each with a finite score: {scores}."
-        )
+        raise UserError(f"prompt {prompt!r}: needs two or more candidates, each with a finite score: {scores}.")
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     chosen = (sources[best], sources[worst])
     return Comparison(
