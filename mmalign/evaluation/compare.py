@@ -64,13 +64,10 @@ class Result:
     def to_json(self) -> str:
         """Rows and every score, so that any other figure can be worked out later."""
         scores = {
-            name: {side: values.tolist() for side, values in sides.items()}
-            for name, sides in self.scores.items()
+            name: {side: values.tolist() for side, values in sides.items()} for name, sides in self.scores.items()
         }
         content: dict[str, Any] = {"rows": [row._asdict() for row in self.rows()]}
-        return json.dumps(
-            content | {"prompts": list(self.prompts), "scores": scores}, indent=1, ensure_ascii=False
-        )
+        return json.dumps(content | {"prompts": list(self.prompts), "scores": scores}, indent=1, ensure_ascii=False)
 
 
 def score_sides(

@@ -50,11 +50,7 @@ def bootstrap_interval(
     mean is the ratio of drawn sums to drawn counts.
     """
     values = np.asarray(values, float)
-    labels = (
-        np.arange(len(values))
-        if clusters is None
-        else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    )
+    labels = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     if len(labels) != len(values):
         raise ValueError(f"{len(labels)} cluster labels for {len(values)} values")
     if not len(values):

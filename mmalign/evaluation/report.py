@@ -90,6 +90,7 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
     headline: str | None = None,
 ) -> Path:
     """Writes `report.html` (one file, no links out, no scripts), `grid.png` and `scores.json` into a folder.
@@ -105,6 +106,7 @@ def write_report(
             `chosen_log_ratio`, `rejected_log_ratio`, `validation/NAME_change`); what is missing is left out.
         facts: settings and versions for the foot of the page.
         files: name -> what it is, for the files beside the report.
+        roles: scorer -> what it is here ("chose the pairs", "held out"), shown below its name.
         headline: the scorer of the first sentence; default: the result's first.
 
     Returns:
@@ -124,9 +126,7 @@ def write_report(
         {"prompt": p, "base": _inline(b), "aligned": _inline(a)}
         for p, b, a in zip(prompts[:shown], base[:shown], aligned[:shown], strict=True)
     ]
-    templates = Environment(
-        loader=PackageLoader("mmalign.evaluation", "."), autoescape=True, trim_blocks=True
-    )
+    templates = Environment(loader=PackageLoader("mmalign.evaluation", "."), autoescape=True, trim_blocks=True)
     page = templates.get_template("report.html.jinja").render(
         title=title,
         lead=lead,
@@ -134,6 +134,7 @@ def write_report(
         verdict=verdict(lead),
         unique=len(set(result.prompts)),
         rows=[(row, tone(row), decimals(row)) for row in rows],
+        roles=roles or {},
         number=number,
         pairs=pairs,
         curves=curves(metrics),
@@ -171,9 +172,7 @@ def number(value: float, places: int, sign: str = "-") -> str:
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """One chart a panel whose numbers were logged, drawn for a light and for a dark page."""
-    judged = dict.fromkeys(
-        k for m in metrics for k in m if k.startswith("validation/") and k.endswith("_change")
-    )
+    judged = dict.fromkeys(k for m in metrics for k in m if k.startswith("validation/") and k.endswith("_change"))
     names = {key: key.removeprefix("validation/").removesuffix("_change") for key in judged}
     made = []
     for name, hint, keys in (*PANELS, (*VALIDATION, names)):
@@ -187,9 +186,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one logged number."""
-    points = [
-        (m.get("step", i), m[key]) for i, m in enumerate(metrics) if isinstance(m.get(key), int | float)
-    ]
+    points = [(m.get("step", i), m[key]) for i, m in enumerate(metrics) if isinstance(m.get(key), int | float)]
     steps, values = (np.array(v, float) for v in (zip(*points, strict=True) if points else ((), ())))
     return steps[np.isfinite(values)], values[np.isfinite(values)]
 
@@ -257,9 +254,7 @@ def _tile(medium: Any, side: int) -> tuple[Image.Image, Image.Image]:
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     from matplotlib.font_manager import FontProperties, findfont
 
-    return ImageFont.truetype(
-        findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")), size
-    )
+    return ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")), size)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:

@@ -70,9 +70,7 @@ def test_spearman():
     assert spearman([1, 2, 3, 4], [10, 20, 30, 1000]) == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # with ties: Pearson's r of the mean ranks (0.5, 0.5, 2, 3) and (0, 1, 2, 3)
-    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(
-        np.corrcoef([0.5, 0.5, 2, 3], range(4))[0, 1]
-    )
+    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], range(4))[0, 1])
     assert np.isnan(spearman([1, 1], [1, 2]))
 
 

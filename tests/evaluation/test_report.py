@@ -37,8 +37,9 @@ LOG = [
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
+    facts, roles = {"objective": "DPO"}, {"second": "held out"}
     path = write_report(folder, title="A run", result=some_result(), prompts=PROMPTS, base=pictures("grey"),
-                        aligned=pictures("red"), metrics=LOG, facts={"objective": "DPO"})  # fmt: skip
+                        aligned=pictures("red"), metrics=LOG, facts=facts, roles=roles)  # fmt: skip
     assert {p.name for p in folder.iterdir()} == {"report.html", "grid.png", "scores.json"}
     return path.read_text(encoding="utf-8")
 
@@ -56,6 +57,7 @@ def test_it_says_what_the_scores_say(page):
     assert re.search(r"wins 75&nbsp;% of 60 comparisons", text)
     assert "better than the base" in text
     assert "objective" in text
+    assert text.count("held out") == 1
 
 
 def test_text_from_users_is_escaped(page):
@@ -68,9 +70,7 @@ def test_light_and_dark(page):
     assert page.count("prefers-color-scheme: dark") == 1 + 4  # style, four charts
 
 
-@pytest.mark.parametrize(
-    ("shift", "words"), [(-1.0, "worse than the base"), (0.0, "not clearly better or worse")]
-)
+@pytest.mark.parametrize(("shift", "words"), [(-1.0, "worse than the base"), (0.0, "not clearly better or worse")])
 def test_bad_news_is_told(tmp_path, shift, words):
     sides = {"base": pictures("grey"), "aligned": pictures("red")}
     path = write_report(tmp_path, title="t", result=some_result(shift), prompts=PROMPTS, **sides)
@@ -79,9 +79,7 @@ def test_bad_news_is_told(tmp_path, shift, words):
 
 
 def test_grid_has_the_base_above_the_aligned(tmp_path):
-    path = grid(
-        tmp_path / "grid.png", ["one", "two", "three"], pictures("grey"), pictures("red"), columns=2, side=96
-    )
+    path = grid(tmp_path / "grid.png", ["one", "two", "three"], pictures("grey"), pictures("red"), columns=2, side=96)
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 60)
     grey = (sheet == 128).all(-1)
