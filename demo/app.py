@@ -57,8 +57,7 @@ class Compare:
                 with self.views("reference"):
                     pictures = self.modality.generate([prompt], **settings) + pictures
             scores = {
-                name: scorer.score(pictures, [prompt] * len(pictures)).tolist()
-                for name, scorer in self.scorers.items()
+                name: scorer.score(pictures, [prompt] * len(pictures)).tolist() for name, scorer in self.scorers.items()
             }
         except UserError as error:
             raise gr.Error(str(error)) from error
@@ -110,9 +109,7 @@ def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.
             prompt = gr.Textbox(
                 label="Prompt", value=(examples or [""])[0], max_length=MAX_PROMPT, scale=5, autofocus=True
             )
-            seed = gr.Number(
-                label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=90
-            )
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=90)
             dice = gr.Button("New seed", scale=1, min_width=90)
             go = gr.Button("Compare", variant="primary", scale=1, min_width=90)
         with gr.Accordion("Sampling", open=False), gr.Row():
@@ -133,9 +130,7 @@ def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.
                     )
                     scores.append(gr.Markdown())
         if examples:
-            gr.Examples(
-                [[example] for example in examples], [prompt], label="Prompts the model was never trained on"
-            )
+            gr.Examples([[example] for example in examples], [prompt], label="Prompts the model was never trained on")
         inputs, outputs = [prompt, seed, steps, guidance], [*pictures, *scores]
         go.click(compare, inputs, outputs, api_name="compare")
         rolled = dice.click(new_seed, None, seed, api_visibility="private")
@@ -144,9 +139,7 @@ def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.
     return page.queue(max_size=16, default_concurrency_limit=1)
 
 
-def launch(
-    base: str | Path | None = None, lora: str | Path | None = None, port: int | None = None, **options: Any
-):
+def launch(base: str | Path | None = None, lora: str | Path | None = None, port: int | None = None, **options: Any):
     """Serve the page on this machine until it is interrupted."""
     local = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False, "max_file_size": "1kb"}
     return build(base, lora).launch(**options, **local, **LOOK, server_port=port, footer_links=[])
@@ -154,9 +147,7 @@ def launch(
 
 def main() -> None:
     """The command line of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="pipeline folder, single file or hub id; default: the embedded model")
     parser.add_argument("--lora", help="LoRA file or folder to compare with the base")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")

@@ -122,9 +122,7 @@ def test_pick_a_pic_ties_and_missing_labels_are_dropped_and_counted(tmp_path, li
 
 
 def test_pick_a_pic_rows_without_vote_or_seen_before(tmp_path):
-    path = pick_a_pic(
-        tmp_path / "p.parquet", [1.0, 0.0, 0.0], has_label=[True, False, True], ranking_id=[7, 8, 7]
-    )
+    path = pick_a_pic(tmp_path / "p.parquet", [1.0, 0.0, 0.0], has_label=[True, False, True], ranking_id=[7, 8, 7])
     counts = read_comparisons(path).counts
     assert counts == {"read": 3, "kept": 1, "ties": 0, "no_label": 1, "repeated": 1}
 

@@ -44,9 +44,7 @@ def test_base_and_aligned_differ_only_by_the_adapter(tiny_sdxl, lora, one_scorer
     base, aligned, base_scores, aligned_scores = compare("a red fox", 3, 2, 2.0)
     settings = {"seeds": [3], "num_inference_steps": 2, "guidance_scale": 2.0}
     assert pixels(base) == pixels(mmalign.load(tiny_sdxl).generate(["a red fox"], **settings)[0])
-    assert pixels(aligned) == pixels(
-        mmalign.load(tiny_sdxl, lora=lora).generate(["a red fox"], **settings)[0]
-    )
+    assert pixels(aligned) == pixels(mmalign.load(tiny_sdxl, lora=lora).generate(["a red fox"], **settings)[0])
     assert pixels(base) != pixels(aligned)
     assert ("▲" in base_scores) != ("▲" in aligned_scores)
     assert pixels(compare("a red fox", 3, 2, 2.0)[0]) == pixels(base)
