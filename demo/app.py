@@ -23,9 +23,15 @@ from mmalign.training.views import WeightViews
 MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_GUIDANCE = 300, 2**31 - 1, 50, 20.0
 USUAL_SAMPLING = {"num_inference_steps": 30, "guidance_scale": 5.0}  # for models other than the embedded one
 NO_LORA = "**No LoRA is loaded.** Run `mmalign quickstart`, then start the demo with `--lora` and its output."
+STYLE = """
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain }
+.scores table { width: 100% }
+.scores :is(table, thead, tbody, tr, th, td) { border: 0 !important }
+.scores :is(th, td) { border-bottom: 1px solid var(--border-color-primary) !important }
+"""
 LOOK = {
     "theme": gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    "css": ".picture img { width: 100%; object-fit: contain }",
+    "css": STYLE,
 }
 
 
@@ -110,8 +116,9 @@ def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.
                 label="Prompt", value=(examples or [""])[0], max_length=MAX_PROMPT, scale=5, autofocus=True
             )
             seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=90)
-            dice = gr.Button("New seed", scale=1, min_width=90)
-            go = gr.Button("Compare", variant="primary", scale=1, min_width=90)
+            with gr.Column(scale=1, min_width=120):
+                go = gr.Button("Compare", variant="primary", size="sm")
+                dice = gr.Button("New seed", size="sm")
         with gr.Accordion("Sampling", open=False), gr.Row():
             steps = gr.Slider(1, MAX_STEPS, sampling["num_inference_steps"], step=1, label="Steps")
             guidance = gr.Slider(1, MAX_GUIDANCE, sampling["guidance_scale"], step=0.5, label="Guidance")
@@ -125,10 +132,11 @@ def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.
                             format="png",
                             interactive=False,
                             buttons=["download"],
+                            height=420,
                             elem_classes="picture",
                         )
                     )
-                    scores.append(gr.Markdown())
+                    scores.append(gr.Markdown(elem_classes="scores"))
         if examples:
             gr.Examples([[example] for example in examples], [prompt], label="Prompts the model was never trained on")
         inputs, outputs = [prompt, seed, steps, guidance], [*pictures, *scores]
