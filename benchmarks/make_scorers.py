@@ -41,9 +41,9 @@ CONFIGS = {
     "embedded-heldout": {
         "embed_dim": 64,
         "vision_cfg": {
-            "timm_model_name": "test_convnext",
+            "timm_model_name": "test_byobnet",
             "timm_pool": "abs_attn",
-            "timm_proj": "",
+            "timm_proj": "linear",
             "image_size": 64,
         },
         "text_cfg": {**TEXT, "width": 64, "layers": 2},
@@ -58,12 +58,13 @@ NORMALISE = Preprocess(**PREPROCESS).tensor
 class Training:
     """What all stages share: an optimizer with warm-up and cosine decay, and a log line now and then."""
 
-    def __init__(self, model: torch.nn.Module, steps: int, peak: float, decay: float = 0.05):
+    def __init__(self, model: torch.nn.Module, steps: int, peak: float, decay: float = 0.05, scalar_peak=None):
         self.steps, self.start, self.done = steps, time.time(), 0
         self.weights = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self.weights if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.weights if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in self.weights if p.ndim == 0], "weight_decay": 0.0, "lr": scalar_peak or peak},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
         warm = max(1, steps // 20)
@@ -119,14 +120,14 @@ def stage_clip(root: Path, steps: int = 600, batch: int = 192, seed: int = 1):
     write_card(root, "embedded-clip", {"formula": "cosine-logit-scale"})
 
 
-def stage_preference(root: Path, steps: int = 400, batch: int = 64, seed: int = 2):
+def stage_preference(root: Path, steps: int = 200, batch: int = 64, seed: int = 2):
     """Trains the head of embedded-hps; the trunk stays as it is."""
     torch.manual_seed(seed)
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     trunk, tokenizer = new("embedded-clip", root, trained=True)
     trunk.eval().requires_grad_(False)
     head = PreferenceHead(TAPS)
-    training, allowed = Training(head, steps, 5e-3, 0.01), combos("pairs")
+    training, allowed = Training(head, steps, 5e-3, 0.01, scalar_peak=0.1), combos("pairs")
     for _ in range(steps):
         prompts, a, b, chosen = comparisons(rng, batch, allowed)
         with torch.no_grad():
@@ -140,7 +141,7 @@ def stage_preference(root: Path, steps: int = 400, batch: int = 64, seed: int = 
     write_card(root, "embedded-hps", {"formula": "head", "taps": TAPS})
 
 
-def stage_heldout(root: Path, steps: int = 600, batch: int = 64, seed: int = 3):
+def stage_heldout(root: Path, steps: int = 320, batch: int = 64, seed: int = 3):
     """Trains embedded-heldout, which sees no combination that embedded-hps learnt preferences from."""
     torch.manual_seed(seed)
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.records import UserError, open_image
@@ -30,9 +32,7 @@ class ClipScorer(Scorer):
     cosine: u·v · cosine-logit-scale: s u·v · clipscore: 2.5 max(u·v, 0) · head: see `PreferenceHead`.
     """
 
-    def __init__(
-        self, card: Card, model: nn.Module, tokenizer: Callable, head: PreferenceHead | None, device
-    ):
+    def __init__(self, card: Card, model: nn.Module, tokenizer: Callable, head: PreferenceHead | None, device):
         self.card, self.device = card, torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -46,13 +46,13 @@ class ClipScorer(Scorer):
 
     def aspects(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> dict[str, Tensor]:
         """`score`; for a head also its terms, `finish` (picture alone) and `alignment` (with the prompt)."""
-        media, prompts = list(media), list(prompts)
+        prompts = list(prompts)
         if len(media) != len(prompts):
             raise UserError(f"{len(media)} media but {len(prompts)} prompts: give one prompt a medium.")
         parts = []
         for start in range(0, len(media), batch_size):
             rows = range(start, min(start + batch_size, len(media)))
-            pixels = torch.stack([self.preprocess(open_image(media[i], name=f"medium {i}")) for i in rows])
+            pixels = torch.stack([self.preprocess(opened(media[i], i)) for i in rows])
             with torch.inference_mode():
                 parts.append(self.judge(pixels.to(self.device), [prompts[i] for i in rows]))
         names = parts[0] if parts else ("score",)
@@ -60,9 +60,8 @@ class ClipScorer(Scorer):
 
     def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores RGB tensors in [0, 1], [N, 3, H, W] -> [N]; gradients flow to the pixels."""
-        return self.judge(torch.stack([self.preprocess.tensor(p) for p in pixels.to(self.device)]), prompts)[
-            "score"
-        ]
+        prepared = torch.stack([self.preprocess.tensor(p) for p in pixels.to(self.device)])
+        return self.judge(prepared, prompts)["score"]
 
     def judge(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Preprocessed pixels [N, 3, size, size] -> the score and its parts, each [N]."""
@@ -90,6 +89,11 @@ class ClipScorer(Scorer):
         return torch.stack([self.texts[p] for p in prompts])
 
 
+def opened(medium, index: int) -> Image.Image:
+    """The picture of a medium; an error names its path, or its place when it has none."""
+    return open_image(medium, name="" if isinstance(medium, str | Path) else f"medium {index}")
+
+
 FORMULAS = {
     "cosine": lambda cosine, logit_scale: cosine,
     "cosine-logit-scale": lambda cosine, logit_scale: logit_scale.exp() * cosine,
@@ -103,9 +107,7 @@ def load(card: Card, device: str | torch.device = "cpu") -> ClipScorer:
     formula = card.score.get("formula")
     if formula != "head" and formula not in FORMULAS:
         known = (*FORMULAS, "head")
-        raise UserError(
-            f"{where}: score.formula must be one of {', '.join(known)}{nearest(str(formula), known)}."
-        )
+        raise UserError(f"{where}: score.formula must be one of {', '.join(known)}{nearest(str(formula), known)}.")
     model, tokenizer = build(card)
     weights.fill(model, weights.state_dict(card, card.weights), card)
     head = None
@@ -123,9 +125,7 @@ def build(card: Card) -> tuple[nn.Module, Callable]:
     name, where = card.model.get("open_clip"), card.folder / "card.yaml"
     if name:
         if name not in open_clip.list_models():
-            raise UserError(
-                f"{where}: open_clip has no model {name!r}{nearest(name, open_clip.list_models())}."
-            )
+            raise UserError(f"{where}: open_clip has no model {name!r}{nearest(name, open_clip.list_models())}.")
         return open_clip.create_model(name, load_weights=False), open_clip.get_tokenizer(name)
     if "open_clip_config" not in card.model:
         raise UserError(f"{where}: model needs `open_clip: NAME` or `open_clip_config: FILE`.")

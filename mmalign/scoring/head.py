@@ -29,9 +29,9 @@ class PreferenceHead(nn.Module):
         self.taps = tuple(taps)
         self.mix = nn.ModuleList([nn.Conv2d(channels, width, 1) for channels in taps.values()])
         self.mlp = nn.Sequential(nn.Linear(2 * width * len(taps), hidden), nn.GELU(), nn.Linear(hidden, 1))
-        self.strength = nn.Parameter(torch.tensor(4.0))
-        self.slope = nn.Parameter(torch.tensor(20.0))
-        self.middle = nn.Parameter(torch.tensor(0.5))
+        self.strength = nn.Parameter(torch.tensor(8.0))
+        self.slope = nn.Parameter(torch.tensor(12.0))
+        self.middle = nn.Parameter(torch.tensor(0.6))
 
     def forward(self, cosine: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines [N] and tapped layers [N, C, H, W] -> finish [N] and alignment [N]."""
@@ -47,9 +47,7 @@ def tapped(tower: nn.Module, pixels: Tensor, names: Sequence[str]) -> tuple[Tens
     """Runs an image tower and returns its embedding and the outputs of the named layers."""
     outputs: dict[str, Tensor] = {}
     hooks = [
-        tower.get_submodule(name).register_forward_hook(
-            lambda m, i, out, name=name: outputs.update({name: out})
-        )
+        tower.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
         for name in names
     ]
     try:

@@ -101,11 +101,7 @@ def pil_short_side(picture: Image.Image, size: int) -> Image.Image:
     """Resizes with Pillow, as torchvision does a picture."""
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
-    return (
-        picture
-        if (width, height) == picture.size
-        else picture.resize((width, height), Image.Resampling.BICUBIC)
-    )
+    return picture if (width, height) == picture.size else picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def crop(picture: Image.Image, size: int) -> Image.Image:

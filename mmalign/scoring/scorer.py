@@ -61,9 +61,7 @@ class Card:
         try:
             facts = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(
-                f"{folder} has no card.yaml: a scorer's folder needs one (see scorers/)."
-            ) from None
+            raise UserError(f"{folder} has no card.yaml: a scorer's folder needs one (see scorers/).") from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
         if not isinstance(facts, dict):
@@ -101,9 +99,7 @@ class Scorer(ABC):
             UserError: the numbers of media and prompts differ, or a medium cannot be read.
         """
 
-    def aspects(
-        self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32
-    ) -> dict[str, torch.Tensor]:
+    def aspects(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> dict[str, torch.Tensor]:
         """The parts of the judgement, each float32 [N]; scorers with a single number call it `score`."""
         return {"score": self.score(media, prompts, batch_size=batch_size)}
 
@@ -124,14 +120,10 @@ def load_scorer(name_or_folder: str | Path, device: str | torch.device = "cpu") 
     if not folder.is_dir():
         names = [card.name for card in list_scorers()]
         hint = nearest(str(name_or_folder), names) or f"; bundled: {', '.join(names)}"
-        raise UserError(
-            f"There is no scorer {str(name_or_folder)!r}{hint} (or give a folder with a card.yaml)."
-        )
+        raise UserError(f"There is no scorer {str(name_or_folder)!r}{hint} (or give a folder with a card.yaml).")
     card = Card.read(folder)
     if card.family not in FAMILIES:
-        raise UserError(
-            f"{folder / 'card.yaml'}: unknown family {card.family!r}{nearest(card.family, FAMILIES)}."
-        )
+        raise UserError(f"{folder / 'card.yaml'}: unknown family {card.family!r}{nearest(card.family, FAMILIES)}.")
     return import_module(FAMILIES[card.family]).load(card, device)
 
 

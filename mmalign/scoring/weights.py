@@ -21,9 +21,7 @@ def find(card: Card, source: dict[str, Any]) -> Path:
         UserError: the file is missing, cannot be fetched, or its sha256 is not the card's.
     """
     if "file" not in source:
-        raise UserError(
-            f"{card.folder / 'card.yaml'}: the weights need a `file`, and a `hub` if it is to be fetched."
-        )
+        raise UserError(f"{card.folder / 'card.yaml'}: the weights need a `file`, and a `hub` if it is to be fetched.")
     path = fetch(card, source) if "hub" in source else card.path(source["file"])
     if not path.is_file():
         raise UserError(f"The weights {path} of scorer {card.name!r} are missing: put the file there.")
@@ -74,9 +72,7 @@ def state_dict(card: Card, source: dict[str, Any]) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
-            raise UserError(
-                f"{path} is not a readable safetensors file ({error}): fetch it again."
-            ) from error
+            raise UserError(f"{path} is not a readable safetensors file ({error}): fetch it again.") from error
         raise
 
 

@@ -45,9 +45,7 @@ def picture(name):
     return Image.open(GOLDEN / "images" / name)
 
 
-@pytest.mark.parametrize(
-    ("antialias", "key"), [(True, "scores_fp32_cpu"), (False, "scores_fp32_cpu_noantialias")]
-)
+@pytest.mark.parametrize(("antialias", "key"), [(True, "scores_fp32_cpu"), (False, "scores_fp32_cpu_noantialias")])
 def test_scores_equal_the_official_ones(tmp_path, antialias, key):
     pre = {"size": 224, "resize": "long-side-pad", "interpolation": "bicubic-tensor", "antialias": antialias}
     scorer = load(tmp_path, preprocess=pre)
@@ -91,9 +89,7 @@ def test_each_prompt_is_encoded_once(tmp_path, monkeypatch):
     scorer = load(tmp_path)
     seen = []
     encode = scorer.model.encode_text
-    monkeypatch.setattr(
-        scorer.model, "encode_text", lambda tokens: seen.append(len(tokens)) or encode(tokens)
-    )
+    monkeypatch.setattr(scorer.model, "encode_text", lambda tokens: seen.append(len(tokens)) or encode(tokens))
     scorer.score([picture("square_224.png")] * 4, ["a", "b", "a", "a"], batch_size=2)
     scorer.score([picture("small_100x60.png")], ["b"])
     assert sum(seen) == 2
@@ -101,9 +97,7 @@ def test_each_prompt_is_encoded_once(tmp_path, monkeypatch):
 
 def test_gradients_reach_the_pixels(tiny):
     pixels = torch.rand(2, 3, 60, 90, requires_grad=True)
-    tiny.score(
-        [picture("square_224.png")], ["a cat"]
-    )  # an embedding remembered from inference serves here too
+    tiny.score([picture("square_224.png")], ["a cat"])  # an embedding remembered from inference serves here too
     scores = tiny.score_tensor(pixels, ["a cat", "a dog"])
     scores.sum().backward()
     assert pixels.grad.abs().sum(dim=(1, 2, 3)).min() > 0
@@ -112,9 +106,7 @@ def test_gradients_reach_the_pixels(tiny):
 def test_tensor_path_equals_the_picture_path(tiny):
     image = picture("landscape_320x200.png").convert("RGB")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    torch.testing.assert_close(
-        tiny.score_tensor(pixels, ["a cat"]), tiny.score([image], ["a cat"]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(tiny.score_tensor(pixels, ["a cat"]), tiny.score([image], ["a cat"]), atol=1e-6, rtol=0)
 
 
 def test_formulas(tmp_path, tiny):

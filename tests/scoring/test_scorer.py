@@ -191,8 +191,11 @@ def test_uneven_media_and_prompts(folder):
 
 def test_an_unreadable_picture_is_named(folder, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError):
-        load_scorer(folder).score([tmp_path / "bad.png"], ["a"])
+    scorer = load_scorer(folder)
+    with pytest.raises(UserError, match=r"bad\.png"):
+        scorer.score([tmp_path / "bad.png"], ["a"])
+    with pytest.raises(UserError, match="medium 1"):
+        scorer.score([pictures(1)[0], b"nothing"], ["a", "b"])
 
 
 def test_bundled_cards_are_complete():
