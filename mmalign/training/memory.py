@@ -17,6 +17,7 @@ import mmalign
 from mmalign.training.run import Run
 
 GIB = 2**30
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what a LoRA trains in every diffusers family by default
 
 
 @dataclass(frozen=True)
@@ -52,59 +53,99 @@ def plan(run: Run, dtype: torch.dtype, parts: dict[str, nn.Module] | None = None
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     vae_size = size if run.pretrained_vae_model_name_or_path else max(4, size)
     frozen = sum(count * (vae_size if name == "vae" else size) for name, count in counts.items() if name != "network")
-    trained = _lora_parameters(network, run) if run.use_lora else counts["network"]
     states = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}[run.optimizer]
     copies = 1 if run.use_lora or "reference" not in run.objective.needs else 2
     samples = run.rows_at_once if run.backward == "two-pass" else 2 * run.train_batch_size
+    trained, activations = measured(network, run, samples, dtype)
     saved = {
         "network": counts["network"] * size * copies,
         "encoders and VAE": frozen,
         "trained weights": trained * 4 if run.use_lora else 0,
         "gradients": trained * 4,
         "optimizer": trained * states,
-        "activations": saved_bytes(network, run, samples, dtype),
+        "activations": activations,
     }
     return Plan(saved, _advice(run, sum(saved.values())))
 
 
-def _lora_parameters(network: nn.Module, run: Run) -> int:
-    targets = run.lora_targets or ("to_k", "to_q", "to_v", "to_out.0")
-    count = 0
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(name.endswith("." + target) for target in targets):
-            weight = module.weight
-            inputs = weight[0].numel() if isinstance(module, nn.Conv2d) else weight.shape[1]
-            count += run.rank * (inputs + weight.shape[0])
-    return count
+def measured(network: nn.Module, run: Run, samples: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Number of trained parameters, and bytes that autograd keeps for the backward of one forward.
 
-
-def saved_bytes(network: nn.Module, run: Run, samples: int, dtype: torch.dtype) -> int:
-    """What autograd keeps for the backward of one forward, found by running it on fake tensors.
-
-    With gradient checkpointing only the blocks' inputs are kept, and the largest block's own activations come on
-    top while it is recomputed.
+    Both are found on a copy of the network on fake tensors. With gradient checkpointing only the blocks' inputs are
+    kept, and the largest block's own activations come on top while it is recomputed.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        model = type(network).from_config(network.config).to(dtype)  # pyright: ignore
+        model = _fake(network, dtype)
         model.requires_grad_(not run.use_lora).train()
-        blocks: list[int] = [0]
+        if run.use_lora:
+            _wrap(model, run)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        blocks, kept = [0], Saved(model)
+
+        def block(function: Any, *inputs: Any) -> Any:
+            """A block as checkpointing treats it: its inputs are kept, its own activations measured apart."""
+            for value in inputs:
+                if isinstance(value, torch.Tensor):
+                    kept.count(value)
+            with Saved(model) as own:
+                outputs = function(*inputs)
+            blocks.append(own.bytes)
+            return outputs
+
         if run.gradient_checkpointing:
-
-            def measured(function: Any, *inputs: Any) -> Any:
-                """A block as checkpointing sees it: its own memory is measured, only its inputs are kept."""
-                with Saved(model) as inside:
-                    function(*inputs)
-                blocks.append(inside.bytes)
-                return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
-
-            model.enable_gradient_checkpointing(measured)
+            model.enable_gradient_checkpointing(block)
         inputs, named = _example(model, run, samples, dtype)
-        with Saved(model) as outside:
+        with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)), kept:
             model(*inputs, **named)
-    return outside.bytes - sum(blocks) + max(blocks) if run.gradient_checkpointing else outside.bytes
+    return trained, kept.bytes + max(blocks)
+
+
+class _WithLoRA(nn.Module):
+    """A layer with a float32 LoRA as PEFT computes it; PEFT itself cannot work on fake tensors."""
+
+    def __init__(self, base: Any, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        if isinstance(base, nn.Conv2d):
+            self.a: nn.Module = nn.Conv2d(
+                base.in_channels,
+                rank,
+                base.kernel_size,  # pyright: ignore[reportArgumentType]
+                base.stride,  # pyright: ignore[reportArgumentType]
+                base.padding,  # pyright: ignore[reportArgumentType]
+                bias=False,
+                dtype=torch.float32,
+            )
+            self.b: nn.Module = nn.Conv2d(rank, base.out_channels, 1, bias=False, dtype=torch.float32)
+        else:
+            self.a = nn.Linear(base.in_features, rank, bias=False, dtype=torch.float32)
+            self.b = nn.Linear(rank, base.out_features, bias=False, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.b(self.a(x.float())).to(x.dtype)
+
+
+def _wrap(model: nn.Module, run: Run) -> None:
+    targets = tuple("." + target for target in run.lora_targets or ATTENTION)
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for name in found:
+        if name.endswith(targets):
+            parent, _, child = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, child, _WithLoRA(getattr(owner, child), run.rank))
+
+
+def _fake(network: Any, dtype: torch.dtype) -> Any:
+    """The network anew on fake tensors; made in its dtype, as fake parameters cannot change theirs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return type(network).from_config(network.config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _example(model: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -131,9 +172,14 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         self.bytes = 0
         self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._kept: list[Any] = []  # a freed storage's address could come back
-        super().__init__(self._pack, lambda tensor: tensor)
+        super().__init__(self.count, lambda tensor: tensor)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def __enter__(self) -> Saved:
+        super().__enter__()
+        return self
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds a tensor that is kept; returns it."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)

@@ -47,7 +47,7 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
         return views
     network.requires_grad_(False)
     if "policy" not in getattr(network, "peft_config", {}):
-        _add_lora(modality, run)
+        add_lora(network, run, list(run.lora_targets) or modality.lora_targets())
     elif run.lora:
         modality.load_adapter(run.lora, name="reference")
         network.set_adapter("policy")  # pyright: ignore[reportCallIssue]
@@ -58,16 +58,13 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
     return WeightViews(modality)
 
 
-def _add_lora(modality: Any, run: Run) -> None:
+def add_lora(network: Any, run: Run, targets: list[str]) -> None:
+    """Puts the adapter "policy" on a network; its first weights are a function of the seed."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
-        r=run.rank,
-        lora_alpha=run.lora_alpha or run.rank,
-        init_lora_weights="gaussian",
-        target_modules=list(run.lora_targets) or modality.lora_targets(),
+        r=run.rank, lora_alpha=run.lora_alpha or run.rank, init_lora_weights="gaussian", target_modules=targets
     )
-    network = modality.network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         try:
@@ -76,7 +73,7 @@ def _add_lora(modality: Any, run: Run) -> None:
             else:
                 inject_adapter_in_model(config, network, "policy")
         except ValueError as error:
-            raise UserError(f"lora_targets {config.target_modules}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"lora_targets {targets}: {str(error).splitlines()[0]}") from error
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> tuple[Any, Any]:

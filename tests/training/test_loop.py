@@ -117,7 +117,8 @@ def test_adapters_off_is_a_frozen_copy(recipe, pairs, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "WeightViews", FrozenCopy)
         rows, _ = run_it(recipe, pairs, output_dir=str(tmp_path / "other"))
-    assert curve(rows) == curve(expected)
+    # Equal but for how matrix products round in differently aligned memory
+    assert curve(rows) == pytest.approx(curve(expected), rel=1e-10)
 
 
 def test_full_fine_tune_saves_a_pipeline_and_keeps_its_reference(recipe, pairs, tmp_path):
@@ -273,7 +274,7 @@ def test_two_processes_equal_one_and_resume_at_one(recipe, pairs, backward, tmp_
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=0",
+        "--standalone",
         str(script),
         json.dumps(arguments),
     ]
