@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 from mmalign import bundled
 from mmalign.records import UserError
@@ -69,10 +69,10 @@ def train(argv: Sequence[str]) -> None:
 
 
 def compare(
-    base: Annotated[str, "positional"],
-    aligned: Annotated[str, "positional"],
-    prompts: str,
-    scorer: tuple[str, ...] = ("embedded-hps", "embedded-clip"),
+    base: str,
+    aligned: str,
+    prompts: str = "embedded:development",
+    scorer: tuple[str, ...] = (),
     output_dir: str = "compare",
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
@@ -85,7 +85,7 @@ def compare(
         base: model: hub id, pipeline folder or .safetensors file; "embedded" for the embedded one.
         aligned: a LoRA (file or folder) for that model, or another model.
         prompts: text file, one prompt a line; or a split of the embedded prompts, such as embedded:test.
-        scorer: scorers that judge; see mmalign scorers.
+        scorer: a scorer that judges, once or more; default embedded-hps and embedded-clip.
         output_dir: where report.html and grid.png go.
         num_inference_steps: sampling steps; default the pipeline's.
         guidance_scale: default the pipeline's.
@@ -95,12 +95,13 @@ def compare(
     from mmalign.commands import compare_models
 
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    scorer = scorer or ("embedded-hps", "embedded-clip")
     compare_models(base, aligned, prompts, scorer, output_dir, seed=seed, limit=limit, **settings)
 
 
 def score(
-    path: Annotated[str, "positional"],
-    scorer: tuple[str, ...] = ("embedded-hps",),
+    path: str,
+    scorer: tuple[str, ...] = (),
     prompt: str | None = None,
     output: str | None = None,
 ) -> None:
@@ -108,13 +109,13 @@ def score(
 
     Args:
         path: a picture, or a folder of pictures.
-        scorer: one or more scorers; see mmalign scorers.
+        scorer: see mmalign scorers; once or more; default embedded-hps.
         prompt: for all pictures; without it each picture's prompt is the text file beside it (fox.png, fox.txt).
         output: CSV file; default scores.csv in the folder.
     """
     from mmalign.commands import score_pictures
 
-    score_pictures(path, scorer, prompt, output)
+    score_pictures(path, scorer or ("embedded-hps",), prompt, output)
 
 
 def recipes(argv: Sequence[str]) -> None:
@@ -191,7 +192,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in OWN:
             OWN[name](rest)
         elif name in FLAGS:
-            parsed(FLAGS[name], rest, prog=f"mmalign {name}")
+            import tyro
+
+            config = (tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
+            parsed(FLAGS[name], rest, prog=f"mmalign {name}", config=config)
         else:
             raise UserError(f"{name!r} is no command of mmalign; there are {', '.join(sorted(OWN | FLAGS))}.")
     except UserError as error:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import runpy
 import shutil
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,37 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
     from mmalign.cli import parsed
 
     argv, kind = _objective(run, list(argv))
-    objective = run.objective if kind is type(run.objective) else tyro.MISSING
+    own = kind is type(run.objective)
+    flags = _flags_of(kind, run.objective if own else None)
     # tyro reads types: the field has to be of the concrete method, not of any
-    typed = dataclasses.make_dataclass("Run", [("objective", kind)], bases=(type(run),), frozen=True, kw_only=True)
+    typed = dataclasses.make_dataclass("Run", [("objective", flags)], bases=(type(run),), frozen=True, kw_only=True)
     typed.__doc__ = type(run).__doc__
     values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     try:
-        flagged = parsed(typed, argv, prog=prog, default=typed(**{**values, "objective": objective}))
+        required = [field.name for field in dataclasses.fields(flags) if field.default is dataclasses.MISSING]
+        default = typed(**{**values, "objective": flags(**dict.fromkeys(required, tyro.MISSING))})
+        flagged = parsed(typed, argv, prog=prog, default=default)
+        given = {field.name: getattr(flagged.objective, field.name) for field in dataclasses.fields(flags)}
+        objective = kind(**given, draw=run.objective.draw if own else None)
     except ValueError as error:
         raise UserError(f"{prog}: {error}.") from error
-    return type(run)(**{field.name: getattr(flagged, field.name) for field in dataclasses.fields(run)})
+    values = {field.name: getattr(flagged, field.name) for field in dataclasses.fields(run)}
+    return type(run)(**{**values, "objective": objective})
+
+
+def _flags_of(kind: type, own: Any | None) -> type:
+    """A method's hyperparameters as a dataclass that tyro can read: without its draw, which is no flag.
+
+    Their defaults are those of `own`, or else the method's.
+    """
+    hints = typing.get_type_hints(kind)
+    fields: list[Any] = []
+    for field in dataclasses.fields(kind):
+        if field.name != "draw":
+            value = field.default if own is None else getattr(own, field.name)
+            default = () if value is dataclasses.MISSING else (dataclasses.field(default=value),)
+            fields.append((field.name, hints[field.name], *default))
+    return dataclasses.make_dataclass(kind.__name__, fields, frozen=True, kw_only=True)
 
 
 def _objective(run: Any, argv: list[str]) -> tuple[list[str], type]:

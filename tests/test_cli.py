@@ -163,7 +163,7 @@ def test_recipes_are_listed_copied_and_loaded(tmp_path, monkeypatch, capsys):
 def test_score_lists_what_it_could_not_read(tmp_path, capsys, pairs):
     pairs[0].media[0].save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
-    main(["score", str(tmp_path), "--prompt", "a red fox", "--scorer", "embedded-clip", "embedded-hps"])
+    main(["score", str(tmp_path), "--prompt", "a red fox", "--scorer", "embedded-clip", "--scorer", "embedded-hps"])
     assert "1 scored, 1 not decoded" in capsys.readouterr().out
     rows = (tmp_path / "scores.csv").read_text().splitlines()
     assert rows[0] == "file,prompt,embedded-clip,embedded-hps,error"
