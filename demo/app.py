@@ -98,7 +98,7 @@ def table(scores: dict[str, list[float]], side: int) -> str:
     rows = ["| scorer | score |", "|:--|--:|"]
     for name, values in scores.items():
         best = len(values) > 1 and values[side] > values[1 - side]
-        rows.append(f"| {name} | **{values[side]:.4f}** ▲ |" if best else f"| {name} | {values[side]:.4f} |")
+        rows.append(f"| {name} | **{values[side]:.4g}** ▲ |" if best else f"| {name} | {values[side]:.4g} |")
     return "\n".join(rows)
 
 
