@@ -79,16 +79,28 @@ def skeleton(source: str | Path) -> dict[str, nn.Module]:
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    classes = {"network": ("unet", UNet2DConditionModel), "vae": ("vae", AutoencoderKL)}
-    names = DiffusionPipeline.load_config(str(source))
+    if Path(source).suffix == ".safetensors":
+        from mmalign.modalities.single_file import configurations
+
+        configs = configurations(Path(source))
+    else:
+        names = DiffusionPipeline.load_config(str(source))
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": None, "text_encoder_2": None}
+        configs = {
+            name: kind.load_config(str(source), subfolder=name)
+            if kind
+            else CLIPTextConfig.from_pretrained(str(source), subfolder=name).to_dict()
+            for name, kind in kinds.items()
+            if names.get(name, (None, None))[1]
+        }
     with torch.device("meta"):
-        parts = {
-            part: kind.from_config(kind.load_config(str(source), subfolder=folder))
-            for part, (folder, kind) in classes.items()
+        parts: dict[str, nn.Module] = {
+            "network": UNet2DConditionModel.from_config(configs["unet"]),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
         }
         for name in ("text_encoder", "text_encoder_2"):
-            if names.get(name, (None, None))[1]:
-                parts[name] = CLIPTextModel(CLIPTextConfig.from_pretrained(str(source), subfolder=name))
+            if name in configs:
+                parts[name] = CLIPTextModel(CLIPTextConfig(**configs[name]))
     return parts
 
 
