@@ -141,7 +141,7 @@ def stage_preference(root: Path, steps: int = 200, batch: int = 64, seed: int = 
     write_card(root, "embedded-hps", {"formula": "head", "taps": TAPS})
 
 
-def stage_heldout(root: Path, steps: int = 320, batch: int = 64, seed: int = 3):
+def stage_heldout(root: Path, steps: int = 800, batch: int = 64, seed: int = 3):
     """Trains embedded-heldout, which sees no combination that embedded-hps learnt preferences from."""
     torch.manual_seed(seed)
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
