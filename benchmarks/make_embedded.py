@@ -348,9 +348,7 @@ def train_unet(work: Path, minutes: float, snapshots: Path | None) -> None:
         if trainer.step % 250 == 0:
             trainer.save()
             error = held_out_error(trainer.ema, held_out, alpha_bar)
-            print(
-                f"unet {trainer.step} {trainer.elapsed:.3f} loss {loss:.4f} held-out {error:.4f}", flush=True
-            )
+            print(f"unet {trainer.step} {trainer.elapsed:.3f} loss {loss:.4f} held-out {error:.4f}", flush=True)
         if snapshots and time.monotonic() - shown > 600:
             shown = time.monotonic()
             make_embedded_export.save(trainer.ema, vae, snapshots / f"step-{trainer.step}")
@@ -374,18 +372,12 @@ def export(work: Path) -> None:
 
 def main() -> None:
     """Parses the command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("sprites", "vae", "unet", "export"))
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/embedded"), help="checkpoints; outside git"
-    )
+    parser.add_argument("--work", type=Path, default=Path("outputs/embedded"), help="checkpoints; outside git")
     parser.add_argument("--minutes", type=float, default=15, help="time budget of the stages vae and unet")
     parser.add_argument("--icons", type=Path, help="icons.json of the artwork, for the stage sprites")
-    parser.add_argument(
-        "--snapshots", type=Path, help="folder for a pipeline every ten minutes of the stage unet"
-    )
+    parser.add_argument("--snapshots", type=Path, help="folder for a pipeline every ten minutes of the stage unet")
     options = parser.parse_args()
     torch.set_num_threads(1)  # two threads work side by side instead: see Trainer.update
     match options.stage:

@@ -31,9 +31,7 @@ def draw_sprites(icons_json: Path, out: Path = scenes.SPRITES) -> None:
     sprites = {}
     for noun in scenes.NOUNS:
         body = icons[ICONS.get(noun, noun)]["body"]
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 32 32">{body}</svg>'
-        )
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 32 32">{body}</svg>'
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=128, height=128))
         sprites[noun] = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
     np.savez_compressed(out, **sprites)

@@ -9,7 +9,9 @@ from pathlib import Path
 import make_embedded_art
 import numpy as np
 import torch
+from PIL import Image
 
+import mmalign
 from mmalign import embedded
 from mmalign.embedded import scenes
 
@@ -47,6 +49,9 @@ def save(model, vae, folder: Path) -> None:
     for name in ("text_encoder", "text_encoder_2"):  # transformers would follow the stored dtype
         file = folder / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    file = folder / "vae" / "config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+    file.write_text(json.dumps(kept, indent=2) + "\n")  # without the folder it came from
     for name in ("tokenizer", "tokenizer_2"):  # without indentation: less than half the size
         file = folder / name / "tokenizer.json"
         file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
@@ -66,25 +71,36 @@ def sample(pipe, prompts: list[str], seed: int = 0, **sampling) -> np.ndarray:
 def grounds_right(prompts: list[str], pictures: np.ndarray) -> float:
     """Share of pictures whose ground, read from the border by hue, has the prompt's colour (chance 1/8)."""
     asked = [prompt.split()[-2] for prompt in prompts]
-    return float(
-        np.mean([scenes.ground(picture) == colour for picture, colour in zip(pictures, asked, strict=True)])
-    )
+    return float(np.mean([scenes.ground(picture) == colour for picture, colour in zip(pictures, asked, strict=True)]))
 
 
-def measure(folder: Path) -> dict:
-    """Ground colours and time a picture on all development prompts, with the default sampling."""
+@torch.inference_mode()
+def retrieval(prompts: list[str], pictures: np.ndarray) -> float:
+    """Share of pictures that the bundled contrastive CLIP puts nearest to their own prompt, of all the prompts."""
+    scorer = mmalign.load_scorer("embedded-clip")
+    pixels = torch.stack([scorer.preprocess(Image.fromarray(picture)) for picture in pictures])
+    nearest = (scorer.model.encode_image(pixels) @ scorer.embed(prompts).T).argmax(1)
+    return (nearest == torch.arange(len(prompts))).float().mean().item()
+
+
+def measure(folder: Path, grid: Path) -> dict:
+    """How far pictures of all development prompts follow their text, and their cost; draws the first 48."""
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     texts, start = embedded.prompts("development"), time.process_time()
     pictures = sample(pipe, texts, **embedded.SAMPLING)
+    seconds = time.process_time() - start
+    rows = [np.concatenate(list(pictures[i : i + 12]), axis=1) for i in range(0, 48, 12)]
+    Image.fromarray(np.concatenate(rows)).save(grid)
     return {
         "split": "development",
         "prompts": len(texts),
         **embedded.SAMPLING,
         "ground_accuracy": round(grounds_right(texts, pictures), 4),
-        "cpu_seconds_a_picture": round((time.process_time() - start) / len(texts), 3),
+        "retrieval_top1": round(retrieval(texts, pictures), 4),
+        "cpu_seconds_a_picture": round(seconds / len(texts), 3),
     }
 
 
@@ -111,10 +127,9 @@ def write_card(folder: Path, figures: dict) -> None:
 def export(model, vae, training: dict, folder: Path | None = None) -> None:
     """Final pipeline, its figures in benchmarks/embedded.json, and its card."""
     folder = folder or embedded.path()
+    here = Path(__file__).parent
     save(model, vae, folder)
-    figures = {**training, "sampling": measure(folder), "made": machine()}
-    figures["made"]["megabytes"] = round(
-        sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6, 2
-    )
-    (Path(__file__).parent / "embedded.json").write_text(json.dumps(figures, indent=2) + "\n")
+    figures = {**training, "sampling": measure(folder, here / "embedded.png"), "made": machine()}
+    figures["made"]["megabytes"] = round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6, 2)
+    (here / "embedded.json").write_text(json.dumps(figures, indent=2) + "\n")
     write_card(folder, figures)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 3.0}  # chosen on development prompts
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0}  # chosen on development prompts
 
 
 def path() -> Path:

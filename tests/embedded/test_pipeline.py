@@ -23,9 +23,7 @@ def pictures(pipe, texts, seed=0, **kw):
 
 
 def test_loads_in_float32_and_is_small(pipe):
-    assert {module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {
-        torch.float32
-    }
+    assert {module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {torch.float32}
     assert sum(file.stat().st_size for file in embedded.path().rglob("*") if file.is_file()) < 13.6e6
     assert not pipe.config.force_zeros_for_empty_prompt
     assert pipe.scheduler.config.prediction_type == "epsilon"
@@ -34,14 +32,8 @@ def test_loads_in_float32_and_is_small(pipe):
 def test_the_tokenizer_is_clips_and_knows_every_word(pipe):
     for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
         ids = tokenizer([*embedded.prompts("test"), "", "naïve Füchse, 3 of them!"]).input_ids
-        assert (
-            max(map(len, ids))
-            <= tokenizer.model_max_length
-            == pipe.text_encoder.config.max_position_embeddings
-        )
-        assert all(
-            row[0] == 4608 and row[-1] == 4609 and 4609 not in row[:-1] for row in ids
-        )  # unknown is 4609 too
+        assert max(map(len, ids)) <= tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings
+        assert all(row[0] == 4608 and row[-1] == 4609 and 4609 not in row[:-1] for row in ids)  # unknown is 4609 too
         assert tokenizer.decode(tokenizer("a small fox").input_ids, skip_special_tokens=True) == "a small fox"
 
 

@@ -13,9 +13,7 @@ def test_held_out_combinations_are_disjoint_from_all_training():
     assert parts["pairs"] < parts["train"]
     assert parts["scorer_fit"] < parts["train"]
     assert not parts["pairs"] & parts["scorer_fit"]
-    assert len(parts["train"] | parts["development"] | parts["test"]) == len(scenes.NOUNS) * len(
-        scenes.COLOURS
-    )
+    assert len(parts["train"] | parts["development"] | parts["test"]) == len(scenes.NOUNS) * len(scenes.COLOURS)
 
 
 def test_captions_of_disjoint_combinations_are_disjoint():
@@ -79,10 +77,7 @@ def test_finish_makes_pictures_more_colourful():
 def test_the_place_is_where_the_object_is():
     def centre(place):
         empty = np.asarray(scenes.COLOURS["blue"])
-        away = (
-            np.abs(scenes.render(scenes.Scene("fox", "blue", "small", place)).astype(float) - empty).sum(-1)
-            > 120
-        )
+        away = np.abs(scenes.render(scenes.Scene("fox", "blue", "small", place)).astype(float) - empty).sum(-1) > 120
         return np.argwhere(away).mean(0)
 
     middle = centre("")
