@@ -194,6 +194,7 @@ def save(model: torch.nn.Module, path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    path.chmod(0o644)
     print(path, f"{path.stat().st_size / 2**20:.2f} MiB")
 
 
