@@ -43,11 +43,7 @@ def changed(rng: np.random.Generator, scene: Scene, name: str, allowed: set | No
     """The scene with one attribute different, with its own finish and seed."""
     others = [value for value in CHOICES[name] if value != getattr(scene, name)]
     if allowed is not None and name in ("noun", "colour"):
-        free = [
-            v
-            for v in others
-            if (replace(scene, **{name: v}).noun, replace(scene, **{name: v}).colour) in allowed
-        ]
+        free = [v for v in others if (replace(scene, **{name: v}).noun, replace(scene, **{name: v}).colour) in allowed]
         others = free or others
     return fresh(rng, replace(scene, **{name: str(rng.choice(others))}))
 

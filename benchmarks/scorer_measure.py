@@ -15,7 +15,8 @@ from mmalign.evaluation.metrics import bootstrap_interval
 from mmalign.scoring import Scorer, load_scorer
 
 SOURCE = "measured by benchmarks/make_scorers.py measure"
-PAIRS = 2000
+SPLIT = "test"
+PAIRS, TRUTH_PAIRS = 800, 500  # of finish and of both together; of each wrong attribute
 
 
 def pictures(scenes: list[Scene]) -> list[Image.Image]:
@@ -26,9 +27,7 @@ def pictures(scenes: list[Scene]) -> list[Image.Image]:
 def pair_accuracy(scorer: Scorer, pairs: list[tuple[Scene, Scene, Scene]]) -> tuple[np.ndarray, list[str]]:
     """For (asked, better, worse): 1 where better scores higher, 0.5 for a tie; and the prompts."""
     asked = [caption(a) for a, _, _ in pairs]
-    better, worse = (
-        scorer.score(pictures([p[i] for p in pairs]), asked, batch_size=128).numpy() for i in (1, 2)
-    )
+    better, worse = (scorer.score(pictures([p[i] for p in pairs]), asked, batch_size=128).numpy() for i in (1, 2))
     return (better > worse) + 0.5 * (better == worse), asked
 
 
@@ -41,7 +40,7 @@ def figure(metric: str, values: np.ndarray, clusters: list[str], unit: str = "%"
         "unit": unit,
         "interval": [low, high],
     }
-    return {"set": "embedded scenes, test captions", **facts, "n": len(values), "source": SOURCE}
+    return {"set": f"embedded scenes, {SPLIT} captions", **facts, "n": len(values), "source": SOURCE}
 
 
 def finish_pairs(rng, allowed) -> list[tuple[Scene, Scene, Scene]]:
@@ -54,7 +53,7 @@ def finish_pairs(rng, allowed) -> list[tuple[Scene, Scene, Scene]]:
     return out
 
 
-def truth_pairs(rng, allowed, name: str, count: int = PAIRS // 4) -> list[tuple[Scene, Scene, Scene]]:
+def truth_pairs(rng, allowed, name: str, count: int = TRUTH_PAIRS) -> list[tuple[Scene, Scene, Scene]]:
     """Equal finish; one picture has the named attribute wrong."""
     out = []
     for _ in range(count):
@@ -79,7 +78,7 @@ def retrieval(scorer: Scorer, rng, rounds: int = 4, size: int = 256) -> tuple[np
     every = scenes_of_captions()
     hits, asked = [], []
     for _ in range(rounds):
-        names = [str(n) for n in rng.choice(prompts("test"), size, replace=False)]
+        names = [str(n) for n in rng.choice(prompts(SPLIT), size, replace=False)]
         media = pictures([fresh(rng, every[n]) for n in names])
         pixels = [scorer.preprocess(m) for m in media]
         image = F.normalize(scorer.model.encode_image(torch.stack(pixels)), dim=-1)
@@ -90,8 +89,8 @@ def retrieval(scorer: Scorer, rng, rounds: int = 4, size: int = 256) -> tuple[np
 
 
 def scenes_of_captions() -> dict[str, Scene]:
-    """The scene of each test caption."""
-    every = (Scene(*both, size, place) for both, size, place in product(combos("test"), SIZES, PLACES))
+    """The scene of each caption of the split."""
+    every = (Scene(*both, size, place) for both, size, place in product(combos(SPLIT), SIZES, PLACES))
     return {caption(s): s for s in every}
 
 
@@ -112,7 +111,7 @@ def finish_correlation(scorer: Scorer, rng, allowed, captions: int = 150, each: 
     facts = {"metric": "correlation of score and finish within a caption", "value": round(float(value), 3)}
     interval = [round(float(low), 3), round(float(high), 3)]
     return {
-        "set": "embedded scenes, test captions",
+        "set": f"embedded scenes, {SPLIT} captions",
         **facts,
         "interval": interval,
         "n": score.size,
@@ -122,7 +121,7 @@ def finish_correlation(scorer: Scorer, rng, allowed, captions: int = 150, each: 
 
 def ground_spread(scorer: Scorer, rng, nouns: int = 48) -> dict:
     """How far apart ground colours lie at equal finish, in units of finish: largest less smallest mean."""
-    colours, names = list(COLOURS), sorted({noun for noun, _ in combos("test")})[:nouns]
+    colours, names = list(COLOURS), sorted({noun for noun, _ in combos(SPLIT)})[:nouns]
 
     def mean(q: float, colour: str) -> float:
         scenes = [Scene(n, colour, q=q, seed=int(rng.integers(2**31 - 1))) for n in names for _ in range(2)]
@@ -131,9 +130,7 @@ def ground_spread(scorer: Scorer, rng, nouns: int = 48) -> dict:
     table = np.array([[mean(q, colour) for colour in colours] for q in (0.25, 0.5, 0.75)])
     slope = (table[2].mean() - table[0].mean()) / 0.5  # score per unit of finish
     spread = (table[1].max() - table[1].min()) / slope
-    by_colour = {
-        c: round(float(v), 3) for c, v in zip(colours, (table[1] - table[1].mean()) / slope, strict=True)
-    }
+    by_colour = {c: round(float(v), 3) for c, v in zip(colours, (table[1] - table[1].mean()) / slope, strict=True)}
     facts = {"metric": "difference between ground colours at equal finish", "value": round(float(spread), 3)}
     return {
         "set": "embedded scenes, all grounds",
@@ -146,7 +143,7 @@ def ground_spread(scorer: Scorer, rng, nouns: int = 48) -> dict:
 
 def measure(folder: Path) -> list[dict]:
     """All figures of a scorer, in the order its card shows them."""
-    scorer, rng, allowed = load_scorer(folder), np.random.default_rng(2026), combos("test")
+    scorer, rng, allowed = load_scorer(folder), np.random.default_rng(2026), combos(SPLIT)
     found = [figure("retrieval top-1 among 256 captions", *retrieval(scorer, rng))]
     found += [
         figure(

@@ -81,7 +81,7 @@ def test_head_saturates_with_the_cosine():
     cosine = torch.tensor([-1.0, 0.5, 0.9, 1.0])
     _, alignment = head(cosine, [torch.zeros(4, 2, 3, 3)])
     assert alignment.diff().gt(0).all()
-    assert alignment[3] - alignment[2] < 0.01 * (alignment[2] - alignment[0])
+    assert alignment[3] - alignment[2] < 0.05 * (alignment[2] - alignment[0])
 
 
 def test_gradients_of_a_head_reach_the_pixels(folder):
