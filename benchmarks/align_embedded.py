@@ -1,12 +1,13 @@
 """Does quickstart's alignment work? Settings chosen on development prompts, the test set looked at once.
 
     python benchmarks/align_embedded.py develop --output DIR --learning-rates 3e-4 1e-3 --betas 1000 3000 --steps 60 120
-    python benchmarks/align_embedded.py test --output DIR --seeds 0 1 2 3 4
+    python benchmarks/align_embedded.py test --output DIR --seeds 0 1 2 3 4     # seeds can be shared out to processes
+    python benchmarks/align_embedded.py table --output DIR
 
 `develop` tries every combination on 120 development prompts and prints a row for each. `test` runs the recipe as it
 stands (recipes/embedded_diffusion_dpo.py) and SFT on the winners with the same settings, for every seed: own
-candidates, own pairs, own training; 400 test prompts, one picture each, the same start noise for base and all. Every
-seed is a row, then all seeds pooled with a bootstrap over prompts. Writes DIR/NAME.json and DIR/NAME.md.
+candidates, own pairs, own training; 400 test prompts, one picture each, the same start noise for base and all. `table`
+shows every seed and all of them pooled, and writes test.md and test.json.
 Training, development and test prompts share no combination of object and ground (mmalign/embedded/scenes.py).
 """
 
@@ -18,15 +19,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 import mmalign
 from mmalign.commands import quiet_libraries
+from mmalign.data.importers import read_comparisons, write_comparisons
 from mmalign.embedded import prompts as embedded_prompts
-from mmalign.evaluation.compare import pool, score_sides
+from mmalign.evaluation.compare import Result, pool, score_sides
 from mmalign.evaluation.metrics import colourfulness, wins
 from mmalign.objectives import SFT
 from mmalign.quickstart import ALIGNMENT_SCORER, HELD_OUT_SCORER, TRAINING_SCORER, Size, make_pairs, spread
 from mmalign.recipe import load_recipe
-from mmalign.training.loop import train
+from mmalign.storage import read_json, write_json
+from mmalign.surrogate import FreshNoise
+from mmalign.training.loop import train, versions
 from mmalign.training.views import WeightViews
 
 SCORERS = (TRAINING_SCORER, HELD_OUT_SCORER, ALIGNMENT_SCORER)
@@ -49,10 +55,10 @@ def rows(name: str, result, colour: float) -> list[str]:
 class Judge:
     """The base's pictures of a split, made once, and what the scorers say of others beside them."""
 
-    def __init__(self, split: str, count: int, steps: int, model: str):
+    def __init__(self, split: str, count: int, size: Size, model: str):
         self.prompts = spread(embedded_prompts(split), count, seed=0)
         assert len(set(self.prompts)) == count, f"{split} has fewer than {count} prompts"
-        self.settings = {"seeds": list(range(count)), "num_inference_steps": steps, "batch_size": 40}
+        self.settings = {"seeds": list(range(count)), **size.sampling}
         self.scorers = {name: mmalign.load_scorer(name) for name in SCORERS}
         self.base = mmalign.load(model).generate(self.prompts, **self.settings)
 
@@ -64,69 +70,89 @@ class Judge:
         return result, wins([colourfulness(p) for p in self.base], [colourfulness(p) for p in pictures]).mean()
 
 
-def trained(run, pairs, folder: Path):
-    """The modality after a fresh run."""
+def trained(run, pairs, folder: Path, watch=None):
+    """The modality after a fresh run, and the seconds it took; `watch(modality, step)` is called after every step."""
     shutil.rmtree(folder, ignore_errors=True)
     modality = mmalign.load(run.pretrained_model_name_or_path)
     started = time.monotonic()
-    train(replace(run, output_dir=str(folder)), modality=modality, comparisons=pairs)
+    told = (lambda step, metrics: watch(modality, step)) if watch else None
+    train(replace(run, output_dir=str(folder)), modality=modality, comparisons=pairs, watch=told)
     return modality, time.monotonic() - started
 
 
 def develop(arguments, run, size: Size) -> None:
-    """Every combination of the given settings on development prompts."""
-    pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), size, seed=1000)
-    print(counts, flush=True)
-    judge = Judge("development", 120, size.num_inference_steps, run.pretrained_model_name_or_path)
-    lines = [HEADER]
-    for rate, beta, steps in itertools.product(arguments.learning_rates, arguments.betas, arguments.steps):
-        objective = replace(run.objective, beta=beta) if beta else SFT()
-        tried = replace(run, objective=objective, learning_rate=rate, max_train_steps=steps, checkpointing_steps=steps)
-        modality, seconds = trained(tried, pairs, arguments.output / "run")
-        name = f"lr {rate:g}, {f'beta {beta:g}' if beta else 'SFT'}, {steps} steps ({seconds:.0f} s)"
-        new = rows(name, *judge(modality))
-        print("\n".join(new), flush=True)
-        lines += new
-        (arguments.output / "develop.md").write_text("\n".join(lines) + "\n")
+    """Every combination of the given settings on development prompts, looked at after each of the given steps."""
+    folder = arguments.output / "pairs"
+    if not folder.exists():
+        pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), size, seed=1000)
+        write_comparisons(folder, pairs)
+        print(counts, flush=True)
+    pairs = read_comparisons(folder).comparisons
+    judge = Judge("development", 120, size, run.pretrained_model_name_or_path)
+    last = max(arguments.steps)
+    for rate, beta in itertools.product(arguments.learning_rates, arguments.betas):
+        draw = run.objective.draw if arguments.low is None else FreshNoise(low=arguments.low)
+        objective = replace(run.objective, beta=beta, draw=draw) if beta else SFT(draw=draw)
+        tried = replace(run, objective=objective, learning_rate=rate, max_train_steps=last, checkpointing_steps=last)
+        name = f"lr {rate:g}, {f'beta {beta:g}' if beta else 'SFT'}" + (f", low {draw.low:g}" if draw else "")
+
+        def look(modality, step, name=name):
+            if step in arguments.steps:
+                print("\n".join(rows(f"{name}, {step} steps", *judge(modality))), flush=True)
+
+        trained(tried, pairs, arguments.output / name.replace(" ", "-"), look)
 
 
 def test(arguments, run, size: Size) -> None:
     """The recipe as it stands and SFT beside it, over seeds; the test prompts are looked at here alone."""
-    judge = Judge("test", 400, size.num_inference_steps, run.pretrained_model_name_or_path)
-    found: dict[str, list] = {"DPO": [], "SFT": []}
-    lines, record = [HEADER], {}
+    judge = Judge("test", 400, size, run.pretrained_model_name_or_path)
     for seed in arguments.seeds:
         pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), size, seed)
-        for name, objective in (("DPO", run.objective), ("SFT", SFT())):
-            modality, seconds = trained(replace(run, objective=objective, seed=seed), pairs, arguments.output / "run")
+        record = {"pairs": counts, "run": run.resolved(), "versions": versions()}
+        for name, objective in (("DPO", run.objective), ("SFT", SFT(draw=run.objective.draw))):
+            folder = arguments.output / f"run-{seed}"
+            modality, seconds = trained(replace(run, objective=objective, seed=seed), pairs, folder)
             result, colour = judge(modality)
-            found[name].append((result, colour))
-            record[f"{name} seed {seed}"] = {
-                "pairs": counts,
-                "seconds": seconds,
-                "colourfulness_win": colour,
-                "rows": [row._asdict() for row in result.rows()],
-            }
-            lines += rows(f"{name} seed {seed}", result, colour)
-            print("\n".join(lines[-3:]), flush=True)
-    for name, results in found.items():
-        pooled, colour = pool([result for result, _ in results]), sum(c for _, c in results) / len(results)
-        lines += rows(f"**{name} pooled**", pooled, colour)
-        record[f"{name} pooled"] = {"colourfulness_win": colour, "rows": [row._asdict() for row in pooled.rows()]}
-    print("\n".join(lines[-6:]))
+            record[name] = {"seconds": seconds, "colourfulness_win": colour, **json.loads(result.to_json())}
+            print("\n".join(rows(f"{name}, seed {seed}", result, colour)), flush=True)
+        write_json(arguments.output / f"seed-{seed}.json", record)
+
+
+def table(arguments, run, size: Size) -> None:
+    """Every seed that `test` wrote, and all of them pooled with a bootstrap over prompts."""
+    records = {int(f.stem.split("-")[1]): read_json(f) for f in sorted(arguments.output.glob("seed-*.json"))}
+    lines, figures = [HEADER], {"seeds": sorted(records)}
+    for name in ("DPO", "SFT"):
+        results = {seed: _result(record[name]) for seed, record in sorted(records.items())}
+        colours = {seed: record[name]["colourfulness_win"] for seed, record in records.items()}
+        for seed, result in results.items():
+            lines += rows(f"{name}, seed {seed}", result, colours[seed])
+        pooled, colour = pool(list(results.values())), sum(colours.values()) / len(colours)
+        lines += rows(f"**{name}, pooled**", pooled, colour)
+        for label, result in [*((f"{name} seed {seed}", result) for seed, result in results.items()), (name, pooled)]:
+            figures[label] = [row._asdict() for row in result.rows()]
+    any_record = next(iter(records.values()))
+    figures |= {"run": any_record["run"], "versions": any_record["versions"]}
+    print("\n".join(lines))
     (arguments.output / "test.md").write_text("\n".join(lines) + "\n")
-    (arguments.output / "test.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.output / "test.json", figures)
+
+
+def _result(record) -> Result:
+    scores = {n: {side: np.array(v) for side, v in sides.items()} for n, sides in record["scores"].items()}
+    return Result(tuple(record["prompts"]), scores)
 
 
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["develop", "test"])
+    parser.add_argument("stage", choices=["develop", "test", "table"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--betas", type=float, nargs="+", default=[2000], help="0 means SFT")
     parser.add_argument("--steps", type=int, nargs="+", default=[120])
+    parser.add_argument("--low", type=float, help="leave out this share of the cleanest timesteps")
     parser.add_argument("--model", help="another base than the embedded one")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -134,7 +160,7 @@ def main() -> None:
     run = load_recipe("embedded_diffusion_dpo")
     if arguments.model:
         run = replace(run, pretrained_model_name_or_path=arguments.model)
-    (develop if arguments.stage == "develop" else test)(arguments, run, Size())
+    {"develop": develop, "test": test, "table": table}[arguments.stage](arguments, run, Size())
 
 
 if __name__ == "__main__":

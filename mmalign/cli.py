@@ -135,8 +135,8 @@ def scorers() -> None:
     """Lists the bundled scorers."""
     from mmalign.scoring.scorer import list_scorers
 
-    for name in list_scorers():
-        print(name)
+    for card in list_scorers():
+        print(f"{card.name:<20}{card.about}")
 
 
 def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> None:
@@ -207,3 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (RuntimeError, InterruptedError) as error:
         print(f"mmalign: the run failed: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(
+            f"mmalign: {error.filename or 'writing'}: {error.strerror or error}; nothing half-written is left.",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -15,6 +15,7 @@ from typing import Any
 import mmalign
 from mmalign.commands import both_sides, quiet_libraries, report
 from mmalign.console import stage
+from mmalign.embedded import SAMPLING
 from mmalign.records import Comparison
 
 TRAINING_SCORER, HELD_OUT_SCORER, ALIGNMENT_SCORER = "embedded-hps", "embedded-heldout", "embedded-clip"
@@ -33,8 +34,18 @@ class Size:
     candidates: int = 4
     drop_fraction: float = 0.2
     test_prompts: int = 200
-    num_inference_steps: int = 12
+    num_inference_steps: int = SAMPLING["num_inference_steps"]
+    guidance_scale: float = SAMPLING["guidance_scale"]
     steps: int | None = None  # None: the recipe's
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of every generation."""
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "batch_size": 32,
+        }
 
 
 SMALL = Size(pair_prompts=8, candidates=2, drop_fraction=0.0, test_prompts=8, num_inference_steps=4, steps=4)
@@ -58,9 +69,7 @@ def make_pairs(modality: Any, size: Size, seed: int, split: str = "pairs") -> tu
     flat = [prompt for prompt in prompts for _ in range(k)]
     seeds = [1_000_000 * (seed + 1) + i for i in range(len(flat))]
     with stage("Candidates", len(flat)) as advance:
-        pictures = modality.generate(
-            flat, seeds=seeds, num_inference_steps=size.num_inference_steps, batch_size=32, progress=advance
-        )
+        pictures = modality.generate(flat, seeds=seeds, progress=advance, **size.sampling)
     with stage("Scores", len(flat)) as advance:
         scores = mmalign.load_scorer(TRAINING_SCORER).score(pictures, flat).tolist()
         advance(len(flat))
@@ -120,8 +129,7 @@ def main(output_dir: str, *, small: bool = False, seed: int = 0) -> None:
 
     prompts = spread(embedded_prompts("test"), size.test_prompts, seed=0)
     seeds = list(range(len(prompts)))
-    settings = {"num_inference_steps": size.num_inference_steps, "batch_size": 32}
-    base, aligned = both_sides(modality, WeightViews(modality), prompts, seeds, **settings)
+    base, aligned = both_sides(modality, WeightViews(modality), prompts, seeds, **size.sampling)
     scorers = {name: mmalign.load_scorer(name) for name in ROLES}
     result = score_sides(prompts, base, aligned, scorers)
     seconds = time.monotonic() - started
@@ -131,7 +139,7 @@ def main(output_dir: str, *, small: bool = False, seed: int = 0) -> None:
         "training": f"{steps} steps of {run.train_batch_size} pairs, lr {run.learning_rate}, LoRA rank {run.rank}",
         "pairs": f"{len(pairs)}; {size.candidates} candidates of {size.pair_prompts} prompts, by {TRAINING_SCORER}",
         "test prompts": f"{len(prompts)}, of combinations that no training saw",
-        "sampling": f"{size.num_inference_steps} steps",
+        "sampling": f"{size.num_inference_steps} steps, guidance {size.guidance_scale}",
         "seed": seed,
         "took": f"{seconds:.0f} s",
     }

@@ -61,14 +61,23 @@ class FreshNoise:
     """Noises x0 at a random timestep: the likelihood of Diffusion-DPO, MaPO, SFT.
 
     The timestep is shared in a group; so is the noise, unless `shared=False` (RankDPO).
+
+    Attributes:
+        shared: one noise a group.
+        low: leave out the cleanest part of the path, as a share of its timesteps in [0, 1); 0 as published.
     """
 
     shared: bool = True
+    low: float = 0.0
     cacheable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < 1:
+            raise ValueError(f"low is {self.low}; it has to be in [0, 1)")
 
     def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Path, predict: Predict | None = None) -> NoisedProbe:
         """Makes the probe of N samples."""
-        t = path.timesteps(uniform(keys, "timestep")).to(x0.device)
+        t = path.timesteps(self.low + (1 - self.low) * uniform(keys, "timestep")).to(x0.device)
         noise = normal(keys, "noise", x0, per_sample=not self.shared)
         return NoisedProbe(path, x0, t, noise, cond)
 
