@@ -49,6 +49,7 @@ def report(
     run: Any = None,
     facts: Mapping[str, Any] | None = None,
     roles: Mapping[str, str] | None = None,
+    headline: str | None = None,
     count: int = 0,
 ) -> None:
     """Writes report.html and grid.png, prints the table, and completes the model card.
@@ -63,6 +64,7 @@ def report(
         run: the training behind it, if there was one.
         facts: name -> what it was, for the foot of the report.
         roles: scorer -> what it is here, shown behind its name.
+        headline: the scorer of the report's first sentence; default the first.
         count: of the comparisons that were trained on.
     """
     from mmalign.evaluation.report import write_report
@@ -89,6 +91,8 @@ def report(
         metrics=metrics,
         facts={**(facts or {}), **_versions()},
         files=files,
+        roles=roles,
+        headline=headline,
     )
     rows = [
         [

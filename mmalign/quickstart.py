@@ -153,6 +153,7 @@ def main(output_dir: str, *, small: bool = False, seed: int = 0) -> None:
         run=run,
         facts=facts,
         roles=ROLES,
+        headline=HELD_OUT_SCORER,
         count=len(pairs),
     )
     print(f"{seconds:.0f} s in all.")

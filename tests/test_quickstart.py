@@ -1,0 +1,65 @@
+"""Quickstart, small: every file it promises is there and loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+import mmalign
+from mmalign import embedded
+from mmalign.cli import main
+from mmalign.quickstart import Size, spread
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What `mmalign quickstart --small` wrote."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    main(["quickstart", "--small", "--output-dir", str(folder)])
+    return folder
+
+
+def test_it_writes_what_it_promises(folder):
+    page = (folder / "report.html").read_text()
+    assert "held out" in page
+    assert "http://" not in page
+    assert 'src="data:image' in page
+    assert (folder / "grid.png").stat().st_size > 10_000
+    aligned = folder / "aligned"
+    assert len((aligned / "metrics.jsonl").read_text().splitlines()) == 4
+    card = (aligned / "README.md").read_text()
+    assert "win rate" in card
+    assert "load_lora_weights" in card
+    scores = json.loads((folder / "scores.json").read_text())
+    assert [row["n"] for row in scores["rows"]] == [8, 8, 8]
+    assert (folder / "pairs" / "comparisons.jsonl").is_file()
+
+
+def test_its_lora_gives_the_same_pictures_in_plain_diffusers(folder):
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    ours = mmalign.load(embedded.path(), lora=folder / "aligned").generate(
+        ["a fox on a blue background"], seeds=[5], **settings
+    )
+    plain = StableDiffusionXLPipeline.from_pretrained(embedded.path())
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(str(folder / "aligned"), weight_name="pytorch_lora_weights.safetensors")
+    theirs = plain("a fox on a blue background", generator=torch.Generator().manual_seed(5), **settings).images
+    assert np.array_equal(ours[0], theirs[0])
+
+
+def test_a_second_run_does_not_overwrite_the_first(folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["quickstart", "--small", "--output-dir", str(folder)])
+    assert ended.value.code == 2
+    assert "holds another run's checkpoints" in capsys.readouterr().err
+
+
+def test_prompts_of_pairs_and_report_are_disjoint_and_enough():
+    size = Size()
+    pairs = spread(embedded.prompts("pairs"), size.pair_prompts, seed=0)
+    test = spread(embedded.prompts("test"), size.test_prompts, seed=0)
+    assert len(set(pairs)) == size.pair_prompts
+    assert len(set(test)) == size.test_prompts
+    assert not set(pairs) & set(test)
