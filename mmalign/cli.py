@@ -43,8 +43,11 @@ def train(argv: Sequence[str]) -> None:
     """Runs a recipe, with flags over it."""
     if not argv or argv[0].startswith("-"):
         raise UserError("mmalign train needs a recipe: a bundled name (see mmalign recipes) or a path to a .py file.")
+    import datasets
+
     from mmalign.recipe import load_recipe, with_flags
 
+    datasets.disable_progress_bars()  # they would stand in front of our own lines
     run = with_flags(load_recipe(argv[0]), argv[1:], prog=f"mmalign train {argv[0]}")
     from mmalign.commands import quiet_libraries
     from mmalign.training.loop import train as run_training

@@ -169,7 +169,9 @@ def test_score_lists_what_it_could_not_read(tmp_path, capsys, pairs):
     assert rows[0] == "file,prompt,embedded-clip,embedded-hps,error"
     assert "cannot be decoded" in rows[2]
     assert "no prompt" in refused(capsys, "score", tmp_path)
-    assert "did you mean embedded-hps" in refused(capsys, "score", tmp_path, "--prompt", "x", "--scorer", "embedded-hp")
+    assert "did you mean 'embedded-hps'" in refused(
+        capsys, "score", tmp_path, "--prompt", "x", "--scorer", "embedded-hp"
+    )
 
 
 def test_help_and_import_load_nothing_heavy():

@@ -284,7 +284,7 @@ def test_two_processes_equal_one_and_resume_at_one(recipe, pairs, backward, tmp_
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows, _ = run_it(two, pairs, train_batch_size=4, resume_from_checkpoint="latest")
     assert curve(rows) == pytest.approx(curve(expected), abs=1e-6)
