@@ -132,7 +132,8 @@ def table(arguments, run, size: Size) -> None:
         for label, result in [*((f"{name} seed {seed}", result) for seed, result in results.items()), (name, pooled)]:
             figures[label] = [row._asdict() for row in result.rows()]
     any_record = next(iter(records.values()))
-    figures |= {"run": any_record["run"], "versions": any_record["versions"]}
+    settings = {name: value for name, value in any_record["run"].items() if name != "pretrained_model_name_or_path"}
+    figures |= {"run": settings, "versions": any_record["versions"]}
     print("\n".join(lines))
     (arguments.output / "test.md").write_text("\n".join(lines) + "\n")
     write_json(arguments.output / "test.json", figures)
