@@ -109,11 +109,14 @@ def train(
                 raise InterruptedError(
                     f"Stopped by a signal after step {progress.step}; go on with --resume-from-checkpoint latest."
                 )
+    modality.network = network
     if accelerator.is_main_process:
-        modality.network = network
         checkpoint.export(modality, output_dir)
         write_card(output_dir, run, log.rows(), comparisons_count=len(comparisons))
         _push(run, output_dir, say)
+    # The DDP wrapper goes first: were it the last to hold the process group, its destructor would wait under the GIL
+    # for gloo's thread, which may itself wait for the GIL to free the last barrier (seen with torch 2.11)
+    accelerator.free_memory()
     accelerator.end_training()
     return output_dir
 
