@@ -260,7 +260,7 @@ pairs = [Comparison(id=f"pair-{i}", prompt=["a red fox", "a fox", "red", ""][i %
 run = Run(objective=DiffusionDPO(beta=2000), **settings)
 end_training = Accelerator.end_training
 def checked(self):
-    assert not any(isinstance(o, torch.nn.parallel.DistributedDataParallel) for o in gc.get_objects()), "may hang in gloo"
+    assert not any(isinstance(o, torch.nn.parallel.DistributedDataParallel) for o in gc.get_objects()), "gloo may hang"
     end_training(self)
 Accelerator.end_training = checked
 train(run, modality=mmalign.load(run.pretrained_model_name_or_path, dtype=torch.float64), comparisons=pairs)
