@@ -7,10 +7,15 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from mmalign.objectives.dpo import DiffusionDPO
+from mmalign.objectives.inpo import InPO
+from mmalign.objectives.mapo import MaPO
+from mmalign.objectives.ppd import PPD
+from mmalign.objectives.rankdpo import RankDPO
 from mmalign.objectives.sft import SFT
+from mmalign.objectives.smpo import SmPO
 from mmalign.surrogate import Draw, Feedback, Likelihood, Path
 
-__all__ = ["SFT", "DiffusionDPO"]
+__all__ = ["PPD", "SFT", "DiffusionDPO", "InPO", "MaPO", "RankDPO", "SmPO"]
 
 
 class Objective(Protocol):

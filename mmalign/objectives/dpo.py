@@ -47,8 +47,7 @@ class DiffusionDPO:
 
     def check(self, path: Path | None, feedback: Feedback) -> None:
         """Raises ValueError when there is nothing to compare."""
-        if not len(feedback.pairs()[0]):
-            raise ValueError("no group has two samples with different scores, so DPO has no pair to learn from")
+        feedback.check_pairs()
 
     def __call__(self, likelihood: Likelihood, feedback: Feedback) -> Tensor:
         """[P] losses."""

@@ -1,6 +1,6 @@
 """The likelihood surrogate: the one interface between models, objectives and the trainer."""
 
-from mmalign.surrogate.draws import AnswerTokens, FreshNoise
+from mmalign.surrogate.draws import AnswerTokens, DDIMInversion, FreshNoise, ReNoise
 from mmalign.surrogate.likelihood import Cond, Draw, Feedback, Keys, Likelihood, Probe, evaluate
 from mmalign.surrogate.paths import Path, RectifiedFlow, VariancePreserving
 from mmalign.surrogate.probes import NoisedProbe, TokenProbe, TransitionProbe
@@ -8,6 +8,7 @@ from mmalign.surrogate.probes import NoisedProbe, TokenProbe, TransitionProbe
 __all__ = [
     "AnswerTokens",
     "Cond",
+    "DDIMInversion",
     "Draw",
     "Feedback",
     "FreshNoise",
@@ -16,6 +17,7 @@ __all__ = [
     "NoisedProbe",
     "Path",
     "Probe",
+    "ReNoise",
     "RectifiedFlow",
     "TokenProbe",
     "TransitionProbe",

@@ -30,11 +30,13 @@ class Feedback:
         group: [N] int64, one number a comparison; a group is never split over batches or ranks.
         score: [N] float, higher is better: 1/0 for a pair, normalised scores or gains for a list.
         weight: [N] float importance, equal within a group; None means 1.
+        user: [N] int64, one number a user; None where not every sample has one.
     """
 
     group: Tensor
     score: Tensor
     weight: Tensor | None = None
+    user: Tensor | None = None
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Row indices `win` [P] and `lose` [P]: same group, `score[win] > score[lose]`; a tie makes no pair."""
@@ -43,14 +45,29 @@ class Feedback:
         win, lose = torch.nonzero(same & better, as_tuple=True)
         return win, lose
 
+    def check_pairs(self) -> None:
+        """Raises ValueError where there is nothing to compare, or a score is NaN."""
+        if not torch.isfinite(self.score).all():
+            raise ValueError("a score is NaN or infinite; score the data again, or leave those comparisons out")
+        if not len(self.pairs()[0]):
+            raise ValueError("no group has two samples with different scores, so there is no pair to learn from")
+
+    def check_scores(self) -> None:
+        """Raises ValueError also where there are labels instead of scores, or a list of one."""
+        self.check_pairs()
+        if torch.isin(self.score, torch.tensor([0.0, 1.0]).to(self.score)).all():
+            raise ValueError("the scores are only labels, 0 and 1; it needs a scorer's scores: score the data first")
+        if (torch.unique(self.group, return_counts=True)[1] < 2).any():
+            raise ValueError("a list has one sample; each needs two or more to be ranked")
+
     def weights(self) -> Tensor:
         """[N] float; ones where no weight was given."""
         return torch.ones_like(self.score) if self.weight is None else self.weight
 
     def to(self, device: torch.device | str) -> Feedback:
         """The same feedback on another device."""
-        weight = None if self.weight is None else self.weight.to(device)
-        return Feedback(self.group.to(device), self.score.to(device), weight)
+        weight, user = (None if value is None else value.to(device) for value in (self.weight, self.user))
+        return Feedback(self.group.to(device), self.score.to(device), weight, user)
 
 
 class Cond(Mapping[str, Any]):
@@ -133,7 +150,10 @@ class Cond(Mapping[str, Any]):
 class Probe(Protocol):
     """A fixed question to the model; opaque to objectives."""
 
-    cond: Cond
+    @property
+    def cond(self) -> Cond:
+        """N conditions."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -190,10 +210,16 @@ class Keys:
 class Draw(Protocol):
     """Where the likelihood is asked for; makes one probe a batch."""
 
-    cacheable: bool  # False when x_t depends on the policy's weights: then no cached reference
+    @property
+    def cacheable(self) -> bool:
+        """False when x_t depends on the policy's weights: then no cached reference."""
+        ...
 
-    def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Any, predict: Predict | None) -> Probe:
-        """The probe of N samples; `predict(probe, view)` is there for draws that ask the network."""
+    def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Any, predict: Predict) -> Probe:
+        """The probe of N samples.
+
+        Draws that ask the network call `predict(x_t, t, cond, view="policy")` -> [N, ...]: no gradient, no guidance.
+        """
         ...
 
 

@@ -51,7 +51,23 @@ class Path(Protocol):
         ...
 
     def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The deterministic step from t to s."""
+        """The deterministic step from t to s, with what the network said at t."""
+        ...
+
+    def grid(self, t: Tensor, steps: int) -> Tensor:
+        """[steps + 1, N] times from clean data to exactly t, for every sample its own."""
+        ...
+
+    def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Where a prediction made for x_t at time t points: the noise or the velocity that it implies."""
+        ...
+
+    def advance(self, direction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Takes x_t from t to s along a direction."""
+        ...
+
+    def spread(self, t: Tensor, s: Tensor) -> Tensor:
+        """[N] standard deviation of x_s given x_t and x0, for s below t: the noise of a stochastic step."""
         ...
 
     @property
@@ -63,6 +79,8 @@ class Path(Protocol):
 @dataclass(frozen=True)
 class VariancePreserving:
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise (DDPM, arXiv 2006.11239).
+
+    Timestep 0 is the first noisy level; -1 stands for the data itself (alpha_bar = 1), where inversions start.
 
     Attributes:
         alphas_cumprod: [T], alpha_bar for timestep 0 ... T-1.
@@ -78,8 +96,12 @@ class VariancePreserving:
             raise ValueError(f"prediction_type {self.prediction_type!r} is not epsilon, v_prediction or sample")
 
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.alphas_cumprod.to(t.device)[t].to(torch.promote_types(like.dtype, torch.float32))
+        alpha_bar = self._alpha_bar(t).to(torch.promote_types(like.dtype, torch.float32))
         return expand(alpha_bar.sqrt(), like), expand((1 - alpha_bar).sqrt(), like)
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        alpha_bar = self.alphas_cumprod.to(t.device)[t.clamp(min=0)]
+        return torch.where(t < 0, torch.ones_like(alpha_bar), alpha_bar)
 
     def timesteps(self, u: Tensor) -> Tensor:
         """U in [0, 1) -> uniform integers 0 ... T-1."""
@@ -123,8 +145,31 @@ class VariancePreserving:
 
     def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The deterministic DDIM step from t to s, in either direction (arXiv 2010.02502, eq. 12, eta = 0)."""
-        x0 = self.denoised(prediction, x_t, t)
-        return self.interpolate(x0, self.implied_noise(x_t, x0, t), s)
+        return self.advance(self.direction(prediction, x_t, t), x_t, t, s)
+
+    def grid(self, t: Tensor, steps: int) -> Tensor:
+        """[steps + 1, N] timesteps, -1 (data) first, t last; a timestep below `steps` comes up more than once."""
+        share = torch.arange(1, steps + 1, device=t.device, dtype=torch.float64)[:, None] / steps
+        return torch.cat([torch.full_like(t, -1)[None], (share * t).round().to(t.dtype)])
+
+    def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction made for x_t at timestep t implies."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        if self.prediction_type == "sample":
+            return self.implied_noise(x_t, prediction, t)
+        signal, sigma = self._scales(t, x_t)
+        return signal * prediction + sigma * x_t
+
+    def advance(self, direction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The DDIM step from t to s with a given noise."""
+        signal, sigma = self._scales(t, x_t)
+        return self.interpolate((x_t - sigma * direction) / signal, direction, s)
+
+    def spread(self, t: Tensor, s: Tensor) -> Tensor:
+        """[N] DDIM's standard deviation at eta = 1 (arXiv 2010.02502, eq. 16); 0 where s is the data."""
+        at, below = self._alpha_bar(t).double(), self._alpha_bar(s).double()
+        return ((1 - below) / (1 - at) * (1 - at / below)).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -176,10 +221,28 @@ class RectifiedFlow:
         return x_t - expand(t, x_t) * prediction
 
     def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """The noise that makes x0 into x_t."""
+        """The noise that makes x0 into x_t; at t = 0 any would, and x0 itself (velocity 0) is returned."""
         t = expand(t, x_t)
-        return (x_t - (1 - t) * x0) / t
+        return torch.where(t == 0, x0, (x_t - (1 - t) * x0) / torch.where(t == 0, 1.0, t))
 
     def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The Euler step from t to s, in either direction."""
-        return x_t + expand(s - t, x_t) * prediction
+        return self.advance(prediction, x_t, t, s)
+
+    def grid(self, t: Tensor, steps: int) -> Tensor:
+        """[steps + 1, N] evenly from 0 to t."""
+        return torch.arange(steps + 1, device=t.device, dtype=t.dtype)[:, None] * t / steps
+
+    def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity: the prediction itself."""
+        return prediction
+
+    def advance(self, direction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The Euler step from t to s with a given velocity."""
+        return x_t + expand(s - t, x_t) * direction
+
+    def spread(self, t: Tensor, s: Tensor) -> Tensor:
+        """[N] as for diffusion, with signal 1 - t and sigma t: sigma_s / sigma_t times what noise came in between."""
+        t, s = t.double(), s.double()
+        between = t.square() - ((1 - t) / (1 - s)).square() * s.square()
+        return s / t.clamp(min=1e-12) * between.clamp(min=0).sqrt()

@@ -25,6 +25,8 @@ class Run:
         resolution: side of the training pictures in pixels; None for the model's own.
         max_train_samples: read no more comparisons than this.
         dataset_split: of a hub data set.
+        score_scale: (low, high) of the scores over the data, mapped to 0 and 1 for methods that use their size (SmPO,
+            RankDPO); None takes them as they are.
         train_batch_size: comparisons a process takes at once (a pair is two samples).
         gradient_accumulation_steps: such batches an optimizer step sums.
         lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
@@ -40,6 +42,10 @@ class Run:
         lora_alpha: of the LoRA; None means the rank.
         lora_targets: module names; empty for the modality's own (attention projections).
         mixed_precision: "auto" is bf16 on an accelerator that has it, else no.
+        users: file of user embeddings (`mmalign user make`); user layers are then trained, and not a LoRA: the network
+            and `lora`, if given, stay as they are and are the reference. Every comparison has to name its user.
+        user_tokens: tokens that an embedding becomes.
+        user_dropout: share of comparisons that are shown nobody's embedding (0).
         gradient_checkpointing: trade a second forward for activations.
         backward: "two-pass" has the same gradient with the memory of `rows_at_once` samples.
         rows_at_once: samples a two-pass backward holds.
@@ -70,6 +76,7 @@ class Run:
     resolution: int | None = None
     max_train_samples: int | None = None
     dataset_split: str = "train"
+    score_scale: tuple[float, float] | None = None
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     lr_scheduler: str = "constant"
@@ -85,6 +92,9 @@ class Run:
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    users: str | None = None
+    user_tokens: int = 4
+    user_dropout: float = 0.1
     gradient_checkpointing: bool = False
     backward: Literal["plain", "two-pass"] = "plain"
     rows_at_once: int = 1
@@ -109,6 +119,7 @@ class Run:
             "train_batch_size",
             "gradient_accumulation_steps",
             "rank",
+            "user_tokens",
             "rows_at_once",
         )
         for name in (*at_least_one, "checkpointing_steps", "validation_steps"):
@@ -116,6 +127,17 @@ class Run:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be 1 or more.")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise UserError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it has to be in [0, 1].")
+        if self.score_scale is not None and not self.score_scale[0] < self.score_scale[1]:
+            raise UserError(f"score_scale is {self.score_scale}; its first number has to be the smaller one.")
+        if not 0 <= self.user_dropout < 1:
+            raise UserError(f"user_dropout is {self.user_dropout}; it has to be in [0, 1).")
+        if getattr(self.objective, "personal", False) and not self.users:
+            raise UserError(
+                f"{type(self.objective).__name__} needs users: make their embeddings with mmalign user make, and give"
+                " the file as users."
+            )
+        if self.users and not self.use_lora:
+            raise UserError("users is given but use_lora is off; user layers are trained beside frozen weights only.")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate is {self.learning_rate}; it has to be above 0.")
         if self.lora and not self.use_lora:

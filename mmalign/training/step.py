@@ -15,20 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.data.users import Users, read_users, user_number
 from mmalign.records import Comparison
-from mmalign.surrogate import AnswerTokens, Cond, Feedback, FreshNoise, Keys, Likelihood, Probe, evaluate
+from mmalign.surrogate import (
+    AnswerTokens,
+    Cond,
+    Feedback,
+    FreshNoise,
+    Keys,
+    Likelihood,
+    NoisedProbe,
+    Probe,
+    evaluate,
+)
 from mmalign.surrogate.draws import normal, uniform
 from mmalign.training.run import Run
 from mmalign.training.views import WeightViews
 
 
-def feedback_of(items: Sequence[Comparison]) -> Feedback:
-    """Flat feedback of whole comparisons, in their order."""
+def feedback_of(items: Sequence[Comparison], scale: tuple[float, float] | None = None) -> Feedback:
+    """Flat feedback of whole comparisons, in their order; `scale` (low, high) is what becomes 0 and 1."""
     members = [(item, k) for item in items for k in range(len(item.media))]
+    low, high = scale or (0.0, 1.0)
     return Feedback(
         torch.tensor([item.group for item, _ in members]),
-        torch.tensor([float(item.score[k]) for item, k in members]),
+        torch.tensor([(float(item.score[k]) - low) / (high - low) for item, k in members]),
         torch.tensor([float(item.weight) for item, _ in members]),
+        None if any(item.user is None for item in items) else torch.tensor([user_number(item.user) for item, _ in members]),
     )
 
 
@@ -73,10 +86,11 @@ class Step:
         self.draw = self.objective.draw or (FreshNoise() if modality.path is not None else AnswerTokens())
         self.encode = Encoder(modality, run.cache_latents)
         self.empty: Cond | None = modality.empty() if run.proportion_empty_prompts else None
+        self.users: Users | None = read_users(run.users) if run.users else None
 
     def terms(self, items: Sequence[Comparison]) -> int:
         """How many numbers the objective will return for these comparisons."""
-        feedback = feedback_of(items)
+        feedback = feedback_of(items, self.run.score_scale)
         zero = torch.zeros(len(feedback.score))
         return len(self.objective(Likelihood(dict.fromkeys(("policy", *self.objective.needs), zero)), feedback))
 
@@ -86,15 +100,24 @@ class Step:
         keys, cond = keys_of(items, draws, self.run.seed), encoded.cond
         if self.empty is not None:
             cond = cond.where(uniform(keys, "caption dropout") < self.run.proportion_empty_prompts, self.empty)
+        if self.users is not None:
+            cond = self._with_users(cond, items, keys)
         x0 = encoded.x0
         if encoded.x0_std is not None:
             x0 = x0 + encoded.x0_std * normal(keys, "posterior", x0)
         probe = self.draw(x0, cond, keys, self.modality.path, self._ask)
-        return probe, feedback_of(items).to(x0.device)
+        return probe, feedback_of(items, self.run.score_scale).to(x0.device)
+
+    def _with_users(self, cond: Cond, items: Sequence[Comparison], keys: Keys) -> Cond:
+        """Tells the policy, and no other view, whose preference it is; a dropped user is 0, which is nobody."""
+        vectors = torch.stack([self.users.of(item) for item in items for _ in item.media])
+        kept = uniform(keys, "user dropout") >= self.run.user_dropout
+        return Cond({**cond, "user": vectors * kept[:, None]}, cond.policy_only | {"user"})
 
     @torch.no_grad()
-    def _ask(self, probe: Probe, view: str = "policy") -> Tensor:
+    def _ask(self, x_t: Tensor, t: Tensor, cond: Cond, view: str = "policy") -> Tensor:
         """For draws that ask the network themselves (inversions): no gradient, row by row where memory asks."""
+        probe = NoisedProbe(self.modality.path, x_t, t, torch.zeros_like(x_t), cond, x_t)
         with self.views(view):
             return torch.cat([self.modality.predict(probe[rows], view) for rows in self._rows(len(probe))])
 

@@ -1,76 +1,22 @@
 """Diffusion-DPO against the numbers that the official code gave (tests/golden)."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mmalign.objectives import DiffusionDPO
-from mmalign.surrogate import Cond, Feedback, Likelihood, NoisedProbe, RectifiedFlow, VariancePreserving
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def official_inputs(dtype):
-    r = np.random.default_rng(20260101)
-    eps, n_ref, n_near, n_far = (
-        r.standard_normal(shape) for shape in [(4, 4, 8, 8), (8, 4, 8, 8), (8, 4, 8, 8), (8, 4, 8, 8)]
-    )
-    target = np.concatenate([eps, eps])
-    reference = target + 0.30 * n_ref
-    arrays = {
-        "target": target,
-        "reference": reference,
-        "near": reference + 0.01 * n_near,
-        "far": target + 0.30 * n_far,
-    }
-    return {name: torch.from_numpy(array.astype(dtype)) for name, array in arrays.items()}
+from mmalign.surrogate import Cond, Feedback, Likelihood, NoisedProbe, RectifiedFlow
+from tests.objectives.official import GOLDEN, PAIRS, check_case, golden
 
 
-def asked(target, policy, reference, path):
-    """The likelihood of a probe whose target is `target`, under two predictions."""
-    zero = torch.zeros_like(target)
-    flow = isinstance(path, RectifiedFlow)
-    t = torch.zeros(len(target), dtype=torch.float32 if flow else torch.int64)
-    probe = NoisedProbe(path, zero, t, target, Cond({}))
-    return Likelihood({"policy": probe.logp(policy), "reference": probe.logp(reference)}, {}, probe)
-
-
-PAIRS = Feedback(torch.arange(8) % 4, torch.tensor([1.0] * 4 + [0.0] * 4))
-EPSILON = VariancePreserving(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
-
-
-def check_case(case, objective, loss_scale):
-    near_or_far = case["case"].split("_")[0]
-    arrays = official_inputs(case["dtype"])
-    policy = arrays[near_or_far].requires_grad_()
-    likelihood = asked(arrays["target"], policy, arrays["reference"], EPSILON)
-    loss = objective(likelihood, PAIRS).mean() * loss_scale
-    rtol = 1e-9 if case["dtype"] == "float64" else 2e-3
-    assert loss.item() == pytest.approx(case["loss"], rel=rtol)
-    (gradient,) = torch.autograd.grad(loss, policy)
-    norms = gradient.flatten(1).norm(dim=1).tolist()
-    # hinge has a kink and ipo a near-cancelling difference in float32: compare against the largest gradient.
-    scale = max(case["grad_norm_per_sample"])
-    assert norms == pytest.approx(case["grad_norm_per_sample"], rel=rtol, abs=rtol * scale)
-    assert gradient.flatten()[:4].tolist() == pytest.approx(
-        case["grad_first4"], rel=rtol, abs=rtol * max(map(abs, case["grad_first4"]))
-    )
-
-
-@pytest.mark.parametrize(
-    "case", json.loads((GOLDEN / "diffusion_dpo.json").read_text())["cases"], ids=lambda c: c["case"]
-)
+@pytest.mark.parametrize("case", golden("diffusion_dpo")["cases"], ids=lambda c: c["case"])
 def test_official_salesforce(case):
-    check_case(case, DiffusionDPO(beta=case["beta"]), loss_scale=1)
+    check_case(case, DiffusionDPO(beta=case["beta"]))
 
 
-@pytest.mark.parametrize(
-    "case", json.loads((GOLDEN / "diffusion_dpo_hf.json").read_text())["cases"], ids=lambda c: c["case"]
-)
+@pytest.mark.parametrize("case", golden("diffusion_dpo_hf")["cases"], ids=lambda c: c["case"])
 def test_official_diffusers(case):
     # No half in that code: their beta is half of ours, their ipo value four times ours.
     scale = 4 if case["loss_type"] == "ipo" else 1
