@@ -92,7 +92,7 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
         default = typed(**{**values, "objective": flags(**dict.fromkeys(required, tyro.MISSING))})
         flagged = parsed(typed, argv, prog=prog, default=default)
         given = {field.name: getattr(flagged.objective, field.name) for field in dataclasses.fields(flags)}
-        objective = kind(**given, draw=run.objective.draw if own else None)
+        objective = kind(**given, **({"draw": run.objective.draw} if own else {}))  # else the method's own draw
     except ValueError as error:
         raise UserError(f"{prog}: {error}.") from error
     values = {field.name: getattr(flagged, field.name) for field in dataclasses.fields(run)}
