@@ -1,6 +1,6 @@
 import pytest
 
-from mmalign.data.label import best_worst
+from mmalign.data.label import best_worst, ranked
 from mmalign.records import UserError
 
 PROMPTS = ["a", "b", "c", "d"]
@@ -42,3 +42,20 @@ def test_ids_depend_on_prompt_and_sources_alone():
 def test_bad_scores_are_refused(scores):
     with pytest.raises(UserError):
         best_worst(["a"], [["x", "y"]], scores)
+
+
+def test_ranked_lists_are_scored_by_the_share_of_comparisons_won():
+    media = [["a", "b", "c"], ["d", "e", "f"], ["g", "h", "i"]]
+    first, second = [[3.0, 2.0, 1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 2.0]], [[3.0, 1.0, 2.0], [0.0] * 3, [0.0, 1.0, 1.0]]
+    lists, counts = ranked(["one", "two", "three"], media, [first, second])
+    assert counts == {"prompts": 3, "ties": 1, "kept": 2}
+    assert lists[0].score == (1.0, 0.25, 0.25)  # beats 2 + 2, 1 + 0 and 0 + 1 of 4
+    assert lists[1].score == (0.0, 0.5, 0.5)
+    assert lists[0].media == ("a", "b", "c")
+    assert lists[0].id != lists[1].id
+    with pytest.raises(UserError, match="finite score"):
+        ranked(["one"], media[:1], [[[1.0, float("nan"), 2.0]]])
+    with pytest.raises(UserError, match="finite score"):
+        ranked(["one"], [["a"]], [[[1.0]]])
+    with pytest.raises(UserError, match="1 prompts"):
+        ranked(["one"], media[:1], [first])
