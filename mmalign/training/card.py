@@ -14,7 +14,7 @@ from mmalign.training.run import Run
 TEMPLATE = """---
 base_model: {{ run.pretrained_model_name_or_path }}
 library_name: diffusers
-tags: [mmalign, preference-alignment, {{ method }}{{ ", lora" if run.use_lora }}]
+tags: [mmalign, preference-alignment, {{ method }}{{ ", lora" if lora }}]
 ---
 # {{ title }}
 
@@ -25,15 +25,24 @@ tags: [mmalign, preference-alignment, {{ method }}{{ ", lora" if run.use_lora }}
 {% endif %}
 ## Use
 ```python
+{% if run.users %}
+import mmalign
+from mmalign.data.users import read_users
+
+folder = "path/to/this/folder"  # user_layers.safetensors, and users.safetensors with the embeddings
+model = mmalign.load("{{ run.pretrained_model_name_or_path }}", user_layers=folder{{ ", lora=folder" if run.lora }})
+model.generate(["a prompt"], seeds=[0], user=read_users(folder + "/users.safetensors")["a user"])
+{% else %}
 from diffusers import DiffusionPipeline
 {% if run.use_lora %}
 pipeline = DiffusionPipeline.from_pretrained("{{ run.pretrained_model_name_or_path }}")
 pipeline.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{%- else %}
+{% else %}
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-{%- endif %}
+{% endif %}
+{% endif %}
 ```
-{% if run.use_lora %}`pytorch_lora_weights_kohya.safetensors` is the same LoRA for ComfyUI and A1111.
+{% if lora %}`pytorch_lora_weights_kohya.safetensors` is the same LoRA for ComfyUI and A1111.
 {% endif %}
 ## Training
 | | |
@@ -41,7 +50,8 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 | objective | {{ objective }} |
 | learning rate | {{ run.learning_rate }}, {{ run.lr_scheduler }}, {{ run.lr_warmup_steps }} warm-up steps |
 | optimizer | {{ run.optimizer }} |
-{% if run.use_lora %}| LoRA | rank {{ run.rank }}, alpha {{ run.lora_alpha or run.rank }} |
+{% if run.users %}| user layers | {{ run.user_tokens }} tokens a user, {{ run.user_dropout }} of the comparisons without |
+{% endif %}{% if lora %}| LoRA | rank {{ run.rank }}, alpha {{ run.lora_alpha or run.rank }} |
 {% endif %}| seed | {{ run.seed }} |
 {% for name, first, last in curves %}| {{ name }}, first and last tenth of the run | {{ first }}, {{ last }} |
 {% endfor %}
@@ -71,6 +81,7 @@ def write_card(
             curves.append((name, *(f"{sum(end) / len(end):.4g}" for end in ends)))
     context: dict[str, Any] = {
         "run": run,
+        "lora": run.use_lora and not run.users,
         "title": output_dir.name,
         "method": type(run.objective).__name__,
         "objective": f"`{run.objective}`",
