@@ -50,7 +50,7 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 | objective | {{ objective }} |
 | learning rate | {{ run.learning_rate }}, {{ run.lr_scheduler }}, {{ run.lr_warmup_steps }} warm-up steps |
 | optimizer | {{ run.optimizer }} |
-{% if run.users %}| user layers | {{ run.user_tokens }} tokens a user, {{ run.user_dropout }} of the comparisons without |
+{% if run.users %}| user layers | {{ run.user_tokens }} tokens a user, dropout {{ run.user_dropout }} |
 {% endif %}{% if lora %}| LoRA | rank {{ run.rank }}, alpha {{ run.lora_alpha or run.rank }} |
 {% endif %}| seed | {{ run.seed }} |
 {% for name, first, last in curves %}| {{ name }}, first and last tenth of the run | {{ first }}, {{ last }} |

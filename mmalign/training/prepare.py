@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from mmalign.data.users import read_users
 from mmalign.records import UserError
 from mmalign.surrogate.probes import at_least_float32
 from mmalign.training.run import Run
@@ -39,13 +42,19 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
     if run.resolution:
         modality.resolution = run.resolution
     if run.gradient_checkpointing:
-        network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        checkpoint_blocks(network)
     network.train()  # checkpointing works in train mode alone; these networks have no dropout
     if not run.use_lora:
         views = WeightViews(modality, copy_reference="reference" in run.objective.needs or bool(run.validation_prompts))
         network.requires_grad_(True)
         return views
     network.requires_grad_(False)
+    if run.users:
+        if not hasattr(modality, "add_user_layers"):
+            raise UserError(f"{run.pretrained_model_name_or_path}: cannot be told a user; leave users out.")
+        for parameter in modality.add_user_layers(read_users(run.users).features, run.user_tokens, run.seed).values():
+            parameter.requires_grad_(True)
+        return WeightViews(modality, same_weights=True)
     if "policy" not in getattr(network, "peft_config", {}):
         add_lora(network, run, list(run.lora_targets) or modality.lora_targets())
     elif run.lora:
@@ -56,6 +65,19 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
         if ".policy." in name:
             parameter.data = at_least_float32(parameter.data)
     return WeightViews(modality)
+
+
+def checkpoint_blocks(network: Any, function: Any = None) -> None:
+    """Turns on gradient checkpointing, for which diffusers and transformers have different words.
+
+    Args:
+        network: of either library.
+        function: (block, *inputs) -> outputs; default torch's checkpoint, without reentrance.
+    """
+    if hasattr(network, "enable_gradient_checkpointing"):
+        network.enable_gradient_checkpointing(function)
+    else:
+        network._set_gradient_checkpointing(True, function or partial(checkpoint, use_reentrant=False))
 
 
 def add_lora(network: Any, run: Run, targets: list[str]) -> None:

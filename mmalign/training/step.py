@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.data.users import Users, read_users, user_number
+from mmalign.data.users import Users, numbers_of, read_users
 from mmalign.records import Comparison
 from mmalign.surrogate import (
     AnswerTokens,
@@ -41,7 +41,7 @@ def feedback_of(items: Sequence[Comparison], scale: tuple[float, float] | None =
         torch.tensor([item.group for item, _ in members]),
         torch.tensor([(float(item.score[k]) - low) / (high - low) for item, k in members]),
         torch.tensor([float(item.weight) for item, _ in members]),
-        None if any(item.user is None for item in items) else torch.tensor([user_number(item.user) for item, _ in members]),
+        numbers_of([item.user for item, _ in members]),
     )
 
 

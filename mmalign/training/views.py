@@ -30,16 +30,17 @@ class WeightViews:
     Args:
         modality: its `network` is switched.
         copy_reference: make the frozen copy now; the network as it stands is the reference.
+        same_weights: policy and reference differ only in what they are told (`Cond.policy_only`: a user).
     """
 
-    def __init__(self, modality: Any, copy_reference: bool = False) -> None:
-        self.modality = modality
+    def __init__(self, modality: Any, copy_reference: bool = False, same_weights: bool = False) -> None:
+        self.modality, self.same_weights = modality, same_weights
         self.frozen = copy.deepcopy(modality.network).requires_grad_(False).eval() if copy_reference else None
 
     @contextmanager
     def __call__(self, view: str) -> Iterator[None]:
         """Makes the network be `view` inside the block."""
-        if view == "policy":
+        if view == "policy" or (self.same_weights and view == "reference"):
             yield
         elif self.frozen is not None:
             policy, self.modality.network = self.modality.network, self.frozen

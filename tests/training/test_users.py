@@ -67,8 +67,9 @@ def test_two_steps_raise_the_margin_on_the_fixed_draw_and_the_run_loads(recipe, 
         step.modality.network = modality.network if trained else fresh.network
         probe, feedback = step.probe(taken[:4], [0] * 4)
         win, lose = feedback.pairs()
-        logp = probe.logp(step.modality.predict(probe, "policy")) - probe.logp(step.modality.predict(probe, "reference"))
-        margins.append((logp[win] - logp[lose]).mean().item())
+        policy, reference = (probe.logp(step.modality.predict(probe, view)) for view in ("policy", "reference"))
+        log_ratio = policy - reference
+        margins.append((log_ratio[win] - log_ratio[lose]).mean().item())
     assert margins[0] == 0
     assert margins[1] > 0
     saved = read_users(output / "users.safetensors")
