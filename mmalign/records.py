@@ -19,6 +19,12 @@ class UserError(Exception):
     """A mistake in the user's input: one sentence saying what, where and what to do. Exit code 2."""
 
 
+class Text(str):
+    """A medium that is text, such as a vision-language model's answer; a plain str is a path to a picture."""
+
+    __slots__ = ()
+
+
 def open_image(medium: Any, *, name: str = "") -> Image.Image:
     """Decode one picture to upright RGB; transparency is laid on white.
 
@@ -29,6 +35,10 @@ def open_image(medium: Any, *, name: str = "") -> Image.Image:
     Raises:
         UserError: The picture is missing, is not a picture, is cut off, or has over `MAX_PIXELS`.
     """
+    if isinstance(medium, Text):
+        raise UserError(
+            f"{name or repr(medium[:40])}: is text where a picture is needed; take a model of text answers."
+        )
     source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
     name = name or (str(source) if isinstance(source, str | Path) else "a picture in memory")
     try:
@@ -76,11 +86,11 @@ class Comparison:
     Attributes:
         id: Unique and stable; its hash keys every random draw.
         prompt: What was asked for.
-        media: [K] things that `open_image` takes; they stay encoded until used.
+        media: [K] things that `open_image` takes, which stay encoded until used; or `Text` answers.
         score: [K] finite numbers, higher is better.
         weight: Importance, finite and >= 0.
         user: Whose taste it is, when known.
-        condition: Tuple of input pictures or video, when the task has any.
+        condition: Tuple of input pictures (things that `open_image` takes) or video, when the task has any.
         source: [K] where each medium came from (a model, a seed), or empty.
         aspects: Name -> [K] scores of one aspect.
 

@@ -1,8 +1,8 @@
 """Preference data in known layouts, read into comparisons.
 
 Layouts: a folder with `comparisons.jsonl` and pictures beside it; parquet in our own columns; parquet,
-Arrow or a Hub data set in the columns of Pick-a-Pic. Pictures stay encoded until they are used, and those
-in parquet and Arrow stay on the disk.
+Arrow or a Hub data set in the columns of Pick-a-Pic, or in those of TRL (text answers, to input pictures or to none).
+Pictures stay encoded until they are used, and those in parquet and Arrow stay on the disk.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.export import write_comparisons
-from mmalign.records import Comparison, UserError
+from mmalign.records import Comparison, Text, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +26,7 @@ __all__ = ["Dataset", "read_comparisons", "write_comparisons"]
 JSONL = "comparisons.jsonl"
 OURS = {"id", "prompt", "media", "score"}
 PICK_A_PIC = {"caption", "jpg_0", "jpg_1"}
+TRL = {"prompt", "chosen", "rejected"}
 SPLITS = ("train", "validation", "val", "test", "dev")
 
 
@@ -219,7 +220,10 @@ def _understand(table: "pa.Table", source: str) -> tuple[Iterable, Callable[[dic
             raise UserError(f"{source}: field label_0 is missing (1, 0, or 0.5 for a tie); add that column.")
         labels = _pick_a_pic_labels(table, source)
         return labels, lambda row, number: _from_pick_a_pic(row, number, labels[number], source)
-    known = f"{', '.join(sorted(OURS))} (ours) or {', '.join(sorted(PICK_A_PIC))}, label_0 (Pick-a-Pic)"
+    if columns >= TRL:
+        return _trl_labels(table, source), lambda row, number: _from_trl(row, f"{source}, row {number}", str(number))
+    listed = [", ".join(sorted(names)) for names in (OURS, PICK_A_PIC, TRL)]
+    known = f"{listed[0]} (ours), {listed[1]}, label_0 (Pick-a-Pic) or {listed[2]} (TRL)"
     raise UserError(f"{source}: has columns {', '.join(sorted(columns))}; needed are {known}.")
 
 
@@ -253,3 +257,46 @@ def _from_pick_a_pic(row: dict, number: int, label: tuple, source: str) -> Compa
         user=None if row.get("user_id") is None else str(row["user_id"]),
         source=models if all(models) else (),
     )
+
+
+# --- TRL's prompt, chosen, rejected, images ---
+
+
+def _trl_labels(table: "pa.Table", source: str) -> Iterable[tuple[str, tuple[float, float]]]:
+    """A row's number stands for its id: the same words about other pictures are another row."""
+    number = 0
+    for batch in table.select(["chosen", "rejected"]).to_batches():
+        for row in batch.to_pylist():
+            chosen, rejected = (_said(row, name, f"{source}, row {number}") for name in ("chosen", "rejected"))
+            yield str(number), (1.0, 1.0 if chosen == rejected else 0.0)
+            number += 1
+
+
+def _from_trl(row: dict, where: str, name: str) -> Comparison:
+    return _comparison(
+        where,
+        id=name,
+        prompt=_said(row, "prompt", where),
+        media=tuple(Text(_said(row, field, where)) for field in ("chosen", "rejected")),
+        score=(1.0, 0.0),
+        condition=tuple(row.get("images") or ()) or None,
+    )
+
+
+def _said(row: dict, name: str, where: str) -> str:
+    """The text of a field: a string, or a conversation of one turn, [{"role", "content"}].
+
+    Its content is a string or a list of parts; parts that stand for pictures are left out, as those are in `images`.
+    """
+    value = row.get(name)
+    role = "user" if name == "prompt" else "assistant"
+    if isinstance(value, list) and value:
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
+            roles = ", ".join(str(turn.get("role")) if isinstance(turn, dict) else "text" for turn in value)
+            raise UserError(f"{where}: field {name} has the turns {roles}; only one turn of the {role} can be learned.")
+        value = value[0].get("content")
+        if isinstance(value, list):
+            value = "".join(part.get("text") or "" for part in value if isinstance(part, dict))
+    if not isinstance(value, str) or not (value or name == "prompt"):
+        raise UserError(f"{where}: field {name} is missing or holds no text; add it, or remove the row.")
+    return value

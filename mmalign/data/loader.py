@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.records import Comparison, UserError, open_image
+from mmalign.records import Comparison, Text, UserError, open_image
 
 
 class Batches:
@@ -122,18 +122,23 @@ class Batches:
 
 
 def decode(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with every picture opened.
+    """The same comparisons with every picture opened, those of the condition too; `Text` stays as it is.
 
     Raises:
         UserError: A picture does not decode; the comparison and the picture's number are named.
     """
+
+    def opened(media: Sequence[Any], where: str) -> tuple[Any, ...]:
+        return tuple(
+            medium if isinstance(medium, Text) else open_image(medium, name=f"{where} {number}")
+            for number, medium in enumerate(media)
+        )
+
     return [
         replace(
-            comparison,
-            media=tuple(
-                open_image(medium, name=f"comparison {comparison.id!r}, picture {number}")
-                for number, medium in enumerate(comparison.media)
-            ),
+            item,
+            media=opened(item.media, f"comparison {item.id!r}, picture"),
+            condition=item.condition and opened(item.condition, f"comparison {item.id!r}, input picture"),
         )
-        for comparison in comparisons
+        for item in comparisons
     ]

@@ -128,7 +128,8 @@ class TokenProbe:
         return TokenProbe(self.tokens[rows], self.mask[rows], self.cond.rows(rows))
 
     def logp(self, prediction: Tensor) -> Tensor:
-        """[N], from logits [N, L, V] whose position i predicts token i + 1."""
+        """[N], from logits [N, L, V] whose position i predicts token i + 1; or from the last K positions' alone."""
         logits = at_least_float32(prediction[:, :-1])
-        chosen = logits.gather(-1, self.tokens[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-        return (chosen * self.mask[:, 1:]).sum(1)
+        tokens, mask = (value[:, value.shape[1] - logits.shape[1] :] for value in (self.tokens, self.mask))
+        chosen = logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        return (chosen * mask).sum(1)

@@ -10,7 +10,7 @@ from PIL import Image
 from mmalign.data import export
 from mmalign.data.export import write_comparisons
 from mmalign.data.importers import read_comparisons
-from mmalign.records import Comparison, UserError, open_image
+from mmalign.records import Comparison, Text, UserError, open_image
 
 
 def picture(seed, kind="JPEG"):
@@ -151,6 +151,58 @@ def test_splits_are_told_apart(tmp_path):
     assert read_comparisons(tmp_path, split="validation").counts["read"] == 2
     with pytest.raises(UserError, match="has no split 'test', but train, validation"):
         read_comparisons(tmp_path, split="test")
+
+
+# --- TRL ---
+
+
+def turn(role, text):
+    return [{"role": role, "content": text}]
+
+
+def trl(path, **columns):
+    table = {"prompt": ["Which?", "And now?", "Hm"], "chosen": ["a", "b", "c"], "rejected": ["x", "b", "z"]}
+    pq.write_table(pa.table(table | columns), path)
+    return path
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_trl_rows_are_text_answers_to_pictures(tmp_path, limit):
+    images = [[{"bytes": picture(0)}, {"bytes": picture(1)}], [], None]
+    result = read_comparisons(trl(tmp_path / "p.parquet", images=images), limit=limit)
+    assert result.counts == {"read": 3, "kept": 2, "ties": 1, "no_label": 0, "repeated": 0}
+    first, second = result.comparisons
+    assert (first.id, first.prompt, first.media, first.score) == ("0", "Which?", ("a", "x"), (1.0, 0.0))
+    assert all(isinstance(medium, Text) for medium in (*first.media, *second.media))
+    assert [one["bytes"] for one in first.condition] == [picture(0), picture(1)]
+    assert (second.id, second.condition) == ("2", None)
+
+
+def test_trl_conversations_are_read_as_their_texts(tmp_path):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Which "}, {"type": "text", "text": "one?"}]
+    path = trl(
+        tmp_path / "p.parquet",
+        prompt=[turn("user", parts)] * 3,
+        chosen=[turn("assistant", text) for text in "abc"],
+        rejected=[turn("assistant", text) for text in "xyz"],
+    )
+    item = read_comparisons(path).comparisons[2]
+    assert (item.prompt, item.media) == ("Which one?", ("c", "z"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"chosen": ["a", None, "c"]}, "row 1: field chosen is missing or holds no text; add it, or remove the row"),
+        ({"rejected": ["x", "y", ""]}, "row 2: field rejected is missing or holds no text"),
+        ({"prompt": ["p", None, "p"], "chosen": ["a", "a", "a"]}, "row 1: field prompt is missing"),
+        ({"chosen": [turn("user", "q") + turn("assistant", "a")] * 3}, "row 0: field chosen has the turns user, assis"),
+        ({"prompt": [turn("system", "s") + turn("user", "q")] * 3}, "row 0: field prompt has the turns system, user"),
+    ],
+)
+def test_bad_trl_rows_are_named(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        list(read_comparisons(trl(tmp_path / "p.parquet", **columns)).comparisons)
 
 
 # --- what is wrong with it ---

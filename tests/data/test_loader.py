@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from mmalign.data.loader import Batches, decode
-from mmalign.records import Comparison, UserError
+from mmalign.records import Comparison, Text, UserError
 
 
 def comparisons(count, medium=None):
@@ -85,6 +85,18 @@ def test_decode_opens_pictures_and_keeps_the_rest(tmp_path):
     result = decode([source])[0]
     assert result.media[1].getpixel((0, 0)) == (7, 7, 7)
     assert (result.id, result.group, result.score) == (source.id, source.group, source.score)
+
+
+def test_decode_leaves_text_and_opens_what_is_shown(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2)).save(path)
+    item = Comparison("c", "what?", (Text("a fox"), Text(str(path))), (1.0, 0.0), condition=(str(path),))
+    (result,) = decode([item])
+    assert result.media == item.media
+    assert all(isinstance(medium, Text) for medium in result.media)
+    assert result.condition[0].size == (3, 2)
+    with pytest.raises(UserError, match=r"comparison 'c', input picture 0: no such picture"):
+        decode([Comparison("c", "what?", (Text("a"),), (1.0,), condition=("gone.png",))])
 
 
 def test_no_data_is_an_error():
