@@ -10,6 +10,7 @@ weights are made, then one JSON line: planned and measured memory above the empt
 import argparse
 import json
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -17,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from mmalign.modalities.image_unet import UNetModality
+from mmalign.modalities import Skeleton
+from mmalign.modalities.image_unet import UNetModality, example
 from mmalign.modalities.single_file import SDXL
 from mmalign.objectives import DiffusionDPO
 from mmalign.surrogate import Cond, Feedback, FreshNoise, Keys, VariancePreserving
@@ -69,8 +71,9 @@ def main() -> None:
         gradient_checkpointing=arguments.gradient_checkpointing,
     )
     with torch.device("meta"):
-        skeleton = UNet2DConditionModel.from_config(SDXL["unet"])
-    planned = plan(run, torch.bfloat16, {"network": skeleton})
+        unet = UNet2DConditionModel.from_config(SDXL["unet"])
+    skeleton = Skeleton({"network": unet}, partial(example, unet.config, 8), UNetModality.targets)
+    planned = plan(run, torch.bfloat16, skeleton)
     print(planned.text(), flush=True)
     empty = psutil.Process().memory_info().rss
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmalign.modalities import Modality
+    from mmalign.modalities import Modality, Skeleton
     from mmalign.scoring.scorer import Scorer
     from mmalign.training.run import Run
 
@@ -19,7 +19,12 @@ __all__ = ["bundled", "load", "load_scorer", "skeleton", "train"]
 
 
 def load(
-    source: str | Path, lora: str | Path | None = None, dtype: Any = None, device: Any = None, **options: Any
+    source: str | Path,
+    lora: str | Path | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    user_layers: str | Path | None = None,
+    **options: Any,
 ) -> Modality:
     """Loads a generative model as a modality: hub id, local folder or single `.safetensors` file.
 
@@ -28,6 +33,7 @@ def load(
         lora: a LoRA file or folder in diffusers or kohya keys, put on as the policy's adapter.
         dtype: torch dtype of the frozen weights; default bfloat16 on an accelerator, else float32.
         device: default the accelerator when there is one.
+        user_layers: file or output folder of a run that had users; `generate` then takes a `user`.
         options: the family's own, as `vae` (another VAE) for SD1.5 and SDXL.
 
     Raises:
@@ -35,11 +41,11 @@ def load(
     """
     from mmalign import modalities
 
-    return modalities.load(source, lora=lora, dtype=dtype, device=device, **options)
+    return modalities.load(source, lora=lora, dtype=dtype, device=device, user_layers=user_layers, **options)
 
 
-def skeleton(source: str | Path) -> dict[str, Any]:
-    """A model's parts on the meta device, the trained one as "network": shapes without memory."""
+def skeleton(source: str | Path) -> Skeleton:
+    """A model as shapes without memory, for the memory plan; see `mmalign.modalities.Skeleton`."""
     from mmalign import modalities
 
     return modalities.skeleton(source)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmalign.records import Comparison
 from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_sd3 as make_sd3
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,12 @@ def tiny_sdxl(tmp_path_factory):
 def tiny_sd15(tmp_path_factory):
     """Folder of a tiny SD1.5 pipeline, v-prediction."""
     return tiny_pipeline(tmp_path_factory.mktemp("tiny_sd15"), xl=False, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """Folder of a tiny SD3 pipeline."""
+    return make_sd3(tmp_path_factory.mktemp("tiny_sd3"))
 
 
 def picture(seed: int, size=(20, 16)) -> Image.Image:

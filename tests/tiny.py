@@ -64,10 +64,24 @@ def unet_config(*, xl: bool, sample_size: int = 8):
     return shared
 
 
+def tiny_vae(**settings):
+    """Two pixels a latent."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+        **settings,
+    )
+
+
 def tiny_pipeline(folder: Path, *, xl: bool, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """Saves a StableDiffusion(XL)Pipeline of about 60 thousand parameters; pictures of 16 pixels."""
     from diffusers import (
-        AutoencoderKL,
         DDIMScheduler,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
@@ -87,16 +101,7 @@ def tiny_pipeline(folder: Path, *, xl: bool, prediction_type: str = "epsilon", s
             steps_offset=1,
             prediction_type=prediction_type,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            layers_per_block=1,
-            sample_size=16,
-            scaling_factor=0.7,
-        )
+        vae = tiny_vae(latent_channels=4, scaling_factor=0.7)
         parts = {
             "unet": UNet2DConditionModel(**unet_config(xl=xl)),
             "vae": vae,
@@ -113,4 +118,132 @@ def tiny_pipeline(folder: Path, *, xl: bool, prediction_type: str = "epsilon", s
                 **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
             )
         pipeline.save_pretrained(folder)
+    return folder
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_vlm(folder: Path, seed: int = 0, width: int = 16) -> Path:
+    """Saves a Qwen2-VL of about 60 thousand parameters with byte tokens; pictures of 28 pixels a token."""
+    from open_clip.tokenizer import bytes_to_unicode
+    from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    letters = list(bytes_to_unicode().values())
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    ids = {symbol: number for number, symbol in enumerate([*letters, *special])}
+    tokenizer = Qwen2Tokenizer(
+        vocab=ids,
+        merges=[],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens=special[1:],
+    )
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=CHAT
+    )
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(ids),
+            "hidden_size": width,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": width, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+        for parameter in model.parameters():  # as initialised the logits are all but equal
+            if parameter.ndim > 1:
+                parameter.data *= 4
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def t5_tokenizer():
+    """A T5 tokenizer of single letters, as its Unigram model wants them: symbol and log-probability."""
+    from transformers import T5TokenizerFast
+
+    symbols = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return T5TokenizerFast(vocab=[(symbol, -float(i)) for i, symbol in enumerate(symbols)], extra_ids=0), len(symbols)
+
+
+def sd3_transformer(num_attention_heads: int = 2):
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=num_attention_heads,
+        caption_projection_dim=8 * num_attention_heads,
+        joint_attention_dim=24,
+        pooled_projection_dim=8 + 12,
+        pos_embed_max_size=12,
+        qk_norm="rms_norm",
+    )
+
+
+def tiny_sd3(folder: Path, *, t5: bool = True, seed: int = 0) -> Path:
+    """Saves a StableDiffusion3Pipeline of about 40 thousand parameters, with or without T5; pictures of 16 pixels."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer, vocabulary = write_tokenizer(folder / "tokenizer")
+        third, symbols = t5_tokenizer()
+        reader = T5Config(vocab_size=symbols, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        vae = tiny_vae(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        StableDiffusion3Pipeline(
+            transformer=sd3_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=CLIPTextModelWithProjection(text_config(vocabulary, 8, 8)),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(text_config(vocabulary, 12, 12)),
+            tokenizer_2=tokenizer,
+            text_encoder_3=T5EncoderModel(reader) if t5 else None,
+            tokenizer_3=third if t5 else None,
+        ).save_pretrained(folder)
     return folder

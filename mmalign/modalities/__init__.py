@@ -1,25 +1,44 @@
 """One file a kind of model. A modality knows diffusers or transformers; it knows no objective.
 
-A family is found by the class name that its `model_index.json` states: one table, below.
+A family is found by the class name that its `model_index.json` (a diffusers pipeline) or its `config.json` (a
+transformers model) states: one table, below.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
 
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import Path as NoisePath
 
 FAMILIES = {
+    "Qwen2VLForConditionalGeneration": "mmalign.modalities.vlm",
+    "StableDiffusion3Pipeline": "mmalign.modalities.image_dit",
     "StableDiffusionPipeline": "mmalign.modalities.image_unet",
     "StableDiffusionXLPipeline": "mmalign.modalities.image_unet",
 }
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model as shapes without memory: what the memory plan asks of a family.
+
+    Attributes:
+        parts: name -> module on the meta device; the trained one is "network".
+        example: (samples, resolution or None, dtype) -> the network's arguments by name, made on the current device.
+        lora_targets: module names that a LoRA trains by default.
+    """
+
+    parts: dict[str, nn.Module]
+    example: Callable[[int, int | None, dtype], dict[str, Any]]
+    lora_targets: tuple[str, ...]
 
 
 class Encoded:
@@ -39,12 +58,26 @@ class Encoded:
 
     @staticmethod
     def cat(parts: Sequence[Encoded]) -> Encoded:
-        """Joins batches."""
+        """Joins batches; those of tokens are brought to the length of the longest by zeros on the right."""
         import torch
 
         stds = [part.x0_std for part in parts if part.x0_std is not None]
+        if not stds:
+            length = max(part.x0.shape[1] for part in parts)
+            parts = [part._padded(length) for part in parts]
         x0 = torch.cat([part.x0 for part in parts])
         return Encoded(x0, torch.cat(stds) if stds else None, Cond.cat([part.cond for part in parts]))
+
+    def _padded(self, length: int) -> Encoded:
+        """Tokens and what goes along them ([N, L] in the condition) with zeros up to `length`: masks end there."""
+        from torch.nn.functional import pad
+
+        def longer(value: Any) -> Any:
+            along = isinstance(value, Tensor) and value.shape == self.x0.shape
+            return pad(value, (0, length - value.shape[1])) if along else value
+
+        entries = {name: longer(value) for name, value in self.cond.items()}
+        return Encoded(longer(self.x0), None, Cond(entries, self.cond.policy_only))
 
 
 class Modality(Protocol):
@@ -92,7 +125,7 @@ class Modality(Protocol):
 
 
 def class_name(source: str | Path) -> str:
-    """The pipeline class that a folder, hub id or single file states.
+    """The class that a pipeline's or model's folder, a hub id or a single file states.
 
     Raises:
         UserError: nothing is there, or it states no class.
@@ -104,19 +137,34 @@ def class_name(source: str | Path) -> str:
         from mmalign.modalities.single_file import pipeline_class
 
         return pipeline_class(path)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not any((path / name).is_file() for name in ("model_index.json", "config.json")):
         raise UserError(
-            f"{source}: has no model_index.json, so it is no diffusers pipeline; give the pipeline's top folder."
+            f"{source}: has no model_index.json or config.json, so it is no diffusers pipeline and no transformers"
+            " model; give its top folder."
         )
     if not path.exists() and (path.is_absolute() or str(source).count("/") != 1):
         raise UserError(f"{source}: no such folder or file; give a pipeline folder, a hub id or a .safetensors file.")
     try:
         return DiffusionPipeline.load_config(str(source))["_class_name"]
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{source}: neither a local folder nor reachable on the hub ({reason}); check the name."
-        ) from error
+        stated = _architecture(source)
+        if stated is None:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{source}: neither a local folder nor reachable on the hub ({reason}); check the name."
+            ) from error
+        return stated
+
+
+def _architecture(source: str | Path) -> str | None:
+    """What a transformers model's config.json states; "model without architectures" where it is silent."""
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(source))
+    except (OSError, ValueError):
+        return None
+    return next(iter(config.get("architectures") or ()), "model without architectures in its config.json")
 
 
 def _family(source: str | Path) -> Any:
@@ -128,12 +176,22 @@ def _family(source: str | Path) -> Any:
 
 
 def load(
-    source: str | Path, lora: str | Path | None = None, dtype: Any = None, device: Any = None, **options: Any
+    source: str | Path,
+    lora: str | Path | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    user_layers: str | Path | None = None,
+    **options: Any,
 ) -> Any:
     """Loads a modality; see `mmalign.load`."""
-    return _family(source).load(source, lora=lora, dtype=dtype, device=device, **options)
+    modality = _family(source).load(source, lora=lora, dtype=dtype, device=device, **options)
+    if user_layers:
+        from mmalign.modalities.user import load_layers
+
+        load_layers(modality.network, user_layers)
+    return modality
 
 
-def skeleton(source: str | Path) -> dict[str, nn.Module]:
-    """The parts on the meta device; see `mmalign.skeleton`."""
+def skeleton(source: str | Path) -> Skeleton:
+    """A model as shapes without memory; see `mmalign.skeleton`."""
     return _family(source).skeleton(source)

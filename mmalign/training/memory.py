@@ -7,6 +7,7 @@ forward runs on fake tensors, which have shapes and no memory, and what autograd
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from torch import nn
 
 import mmalign
+from mmalign.training.prepare import checkpoint_blocks
 from mmalign.training.run import Run
 
 GIB = 2**30
-ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what a LoRA trains in every diffusers family by default
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,23 @@ class Plan:
         return "\n".join([*lines, *self.advice])
 
 
-def plan(run: Run, dtype: torch.dtype, parts: dict[str, nn.Module] | None = None) -> Plan:
+def plan(run: Run, dtype: torch.dtype, skeleton: Any = None) -> Plan:
     """What a process of this run will hold at its peak, above the empty process.
 
     Args:
         run: the recipe.
         dtype: of the frozen weights.
-        parts: the model on the meta device; default `mmalign.skeleton` of the recipe's model.
+        skeleton: the model as shapes without memory; default `mmalign.skeleton` of the recipe's model.
     """
-    parts = parts or mmalign.skeleton(run.pretrained_model_name_or_path)
-    network = parts["network"]
+    skeleton = skeleton or mmalign.skeleton(run.pretrained_model_name_or_path)
     size = torch.empty((), dtype=dtype).element_size()
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in skeleton.parts.items()}
     vae_size = size if run.pretrained_vae_model_name_or_path else max(4, size)
     frozen = sum(count * (vae_size if name == "vae" else size) for name, count in counts.items() if name != "network")
     states = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}[run.optimizer]
     copies = 1 if run.use_lora or "reference" not in run.objective.needs else 2
     samples = run.rows_at_once if run.backward == "two-pass" else 2 * run.train_batch_size
-    trained, activations = measured(network, run, samples, dtype)
+    trained, activations = measured(skeleton, run, samples, dtype)
     saved = {
         "network": counts["network"] * size * copies,
         "encoders and VAE": frozen,
@@ -68,7 +68,7 @@ def plan(run: Run, dtype: torch.dtype, parts: dict[str, nn.Module] | None = None
     return Plan(saved, _advice(run, sum(saved.values())))
 
 
-def measured(network: nn.Module, run: Run, samples: int, dtype: torch.dtype) -> tuple[int, int]:
+def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple[int, int]:
     """Number of trained parameters, and bytes that autograd keeps for the backward of one forward.
 
     Both are found on a copy of the network on fake tensors. With gradient checkpointing only the blocks' inputs are
@@ -78,10 +78,12 @@ def measured(network: nn.Module, run: Run, samples: int, dtype: torch.dtype) -> 
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        model = _fake(network, dtype)
+        model = _fake(skeleton.parts["network"], dtype)
         model.requires_grad_(not run.use_lora).train()
-        if run.use_lora:
-            _wrap(model, run)
+        if run.users:
+            _stand_in(model)
+        elif run.use_lora:
+            _wrap(model, run, skeleton.lora_targets)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         blocks, kept = [0], Saved(model)
 
@@ -96,10 +98,10 @@ def measured(network: nn.Module, run: Run, samples: int, dtype: torch.dtype) -> 
             return outputs
 
         if run.gradient_checkpointing:
-            model.enable_gradient_checkpointing(block)
-        inputs, named = _example(model, run, samples, dtype)
+            checkpoint_blocks(model, block)
+        inputs = skeleton.example(samples, run.resolution, dtype)
         with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)), kept:
-            model(*inputs, **named)
+            model(**inputs)
     return trained, kept.bytes + max(blocks)
 
 
@@ -128,8 +130,17 @@ class _WithLoRA(nn.Module):
         return self.base(x) + self.b(self.a(x.float())).to(x.dtype)
 
 
-def _wrap(model: nn.Module, run: Run) -> None:
-    targets = tuple("." + target for target in run.lora_targets or ATTENTION)
+def _stand_in(model: nn.Module) -> None:
+    """User layers are as large as the keys and values of the text, and keep as much: these are counted for them."""
+    for attention in model.modules():
+        joint = getattr(attention, "added_kv_proj_dim", None) is not None
+        if joint or getattr(attention, "is_cross_attention", False):
+            for name in ("add_k_proj", "add_v_proj") if joint else ("to_k", "to_v"):
+                getattr(attention, name).weight.requires_grad_(True)
+
+
+def _wrap(model: nn.Module, run: Run, default: Sequence[str]) -> None:
+    targets = tuple("." + target for target in run.lora_targets or default)
     found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for name in found:
         if name.endswith(targets):
@@ -143,26 +154,9 @@ def _fake(network: Any, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return type(network).from_config(network.config)
+        return getattr(type(network), "from_config", type(network))(network.config)  # diffusers, transformers
     finally:
         torch.set_default_dtype(before)
-
-
-def _example(model: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of a UNet: latents [N, C, H, W], timesteps [N], prompt embeddings [N, 77, D], for SDXL more."""
-    config = model.config
-    side = run.resolution // 8 if run.resolution else config.sample_size
-    latents = torch.zeros(samples, config.in_channels, side, side, dtype=dtype, requires_grad=True)
-    prompt = torch.zeros(samples, 77, config.cross_attention_dim, dtype=dtype)
-    named: dict[str, Any] = {}
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        ids = torch.zeros(samples, 6, dtype=dtype)
-        named["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(samples, pooled, dtype=dtype),
-            "time_ids": ids,
-        }
-    return (latents, torch.zeros(samples, dtype=torch.int64), prompt), named
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -33,8 +33,8 @@ def recipe(model, **changes):
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_counted_activations_are_those_that_autograd_keeps(family, use_lora, request, pairs):
     run = recipe(request.getfixturevalue(family), use_lora=use_lora)
-    parts = mmalign.skeleton(run.pretrained_model_name_or_path)
-    trained, planned = memory.measured(parts["network"], run, samples=2, dtype=torch.float32)
+    skeleton = mmalign.skeleton(run.pretrained_model_name_or_path)
+    trained, planned = memory.measured(skeleton, run, samples=2, dtype=torch.float32)
     modality = mmalign.load(run.pretrained_model_name_or_path)
     prepare_policy(modality, run)
     encoded = modality.encode(pairs[:1])
