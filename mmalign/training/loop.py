@@ -17,6 +17,7 @@ import torch
 import mmalign
 from mmalign import storage
 from mmalign.data.loader import Batches, decode
+from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
 from mmalign.training import checkpoint
 from mmalign.training.card import write_card
@@ -58,25 +59,8 @@ def train(
     if modality is None:
         modality = _load(run, accelerator, say)
     views = prepare_policy(modality, run)
-    network = modality.network
-    parameters = list(checkpoint.trained(network).values())
-    optimizer, scheduler = make_optimizer(run, parameters)
-    modality.network, optimizer = accelerator.prepare(network, optimizer)
-    state = {"optimizer": optimizer.optimizer, "lr_scheduler": scheduler}
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler
-
-    groups_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
-    progress = checkpoint.Progress(groups_per_step=groups_per_step)
-    if resume:
-        progress = checkpoint.restore(resume, network, state, groups_per_step)
-        say(f"Resumed at step {progress.step} from {resume}.")
-    output_dir = Path(run.output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        storage.sweep(output_dir)
-        storage.write_json(output_dir / "recipe.json", {**run.resolved(), "versions": versions()})
-    log = Log(output_dir, accelerator, progress.step, watch)
+    learner = Learner(run, modality, accelerator)
+    progress = learner.resume(resume, say)
     batches = Batches(
         comparisons,
         groups_per_batch=run.train_batch_size,
@@ -88,30 +72,16 @@ def train(
     step = Step(run, modality, views, accelerator)
     validation = Validation(run, modality, views) if run.validation_prompts and accelerator.is_main_process else None
     _check_first(run, step, batches)
+    output_dir = _open_output(run, accelerator)
+    log = Log(output_dir, accelerator, progress.step, watch)
 
-    with _terminated() as stop:
-        for micro_batches in _steps(run, batches, progress.step):
-            started = time.perf_counter()
-            metrics = _one_step(run, step, batches, progress, micro_batches, optimizer, parameters, accelerator)
-            scheduler.step()
-            progress.step += 1
-            metrics["samples_per_second"] = metrics.pop("samples") / (time.perf_counter() - started)
-            metrics["peak_memory_gib"] = peak_bytes() / 2**30
-            if validation and (progress.step % run.validation_steps == 0 or progress.step == run.max_train_steps):
-                metrics |= validation(progress.step)
-            log.write(progress.step, metrics)
-            ending = progress.step == run.max_train_steps or stop()
-            if progress.step % run.checkpointing_steps == 0 or ending:
-                if accelerator.is_main_process:
-                    checkpoint.save(output_dir, network, state, progress, run)
-                accelerator.wait_for_everyone()
-            if stop():
-                raise InterruptedError(
-                    f"Stopped by a signal after step {progress.step}; go on with --resume-from-checkpoint latest."
-                )
-    modality.network = network
+    _all_steps(run, step, batches, learner, progress, validation, log)
+
+    modality.network = learner.network
     if accelerator.is_main_process:
         checkpoint.export(modality, output_dir)
+        if run.users:
+            write_users(output_dir / USERS_FILE, read_users(run.users))
         write_card(output_dir, run, log.rows(), comparisons_count=len(comparisons))
         _push(run, output_dir, say)
     # The DDP wrapper goes first: were it the last to hold the process group, its destructor would wait under the GIL
@@ -121,17 +91,116 @@ def train(
     return output_dir
 
 
+class Learner:
+    """The weights that learn and what moves them: optimizer, schedule, gradient scaler.
+
+    `modality.network` becomes the network as the engine wraps it; `network` is the one without wrappers.
+
+    Args:
+        run: its optimizer and schedule.
+        modality: its network's trained parameters are taken (`prepare_policy` chose them).
+        accelerator: wraps, clips and scales.
+    """
+
+    def __init__(self, run: Run, modality: Any, accelerator: Any) -> None:
+        self.run, self.accelerator, self.network = run, accelerator, modality.network
+        self.parameters = list(checkpoint.trained(self.network).values())
+        optimizer, self.scheduler = make_optimizer(run, self.parameters)
+        modality.network, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.state = {"optimizer": self.optimizer.optimizer, "lr_scheduler": self.scheduler}
+        if accelerator.scaler is not None:
+            self.state["scaler"] = accelerator.scaler
+
+    def resume(self, folder: Path | None, say: Callable[[str], None]) -> checkpoint.Progress:
+        """Where the run is: at its start, or where the checkpoint left it.
+
+        Raises:
+            UserError: the checkpoint's steps had another number of comparisons, or its weights do not fit.
+        """
+        per_process = self.run.train_batch_size * self.run.gradient_accumulation_steps
+        groups_per_step = per_process * self.accelerator.num_processes
+        if folder is None:
+            return checkpoint.Progress(groups_per_step=groups_per_step)
+        progress = checkpoint.restore(folder, self.network, self.state, groups_per_step)
+        say(f"Resumed at step {progress.step} from {folder}.")
+        return progress
+
+    def update(self, empty: bool) -> tuple[float, float]:
+        """One step of the optimizer and of its schedule; an empty step, or a non-finite gradient, changes no weight.
+
+        Returns:
+            The gradient's norm before clipping (it tells whether the weights moved), and the step's learning rate.
+        """
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm))
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        moves, scaler = math.isfinite(grad_norm) and not empty, self.accelerator.scaler
+        # A GradScaler has to see the overflow itself, to lower its scale
+        if moves or (scaler is not None and not empty):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not moves:
+            # The schedule counts every step, so that resumed runs and all processes agree. It follows the optimizer,
+            # which therefore takes this step too: without gradients it changes neither weights nor its own state
+            self.optimizer.optimizer.step()
+            if scaler is not None and empty:
+                scaler.update()  # forgets that clipping unscaled the gradients that were dropped
+        self.scheduler.step()
+        return grad_norm, learning_rate
+
+
+def _open_output(run: Run, accelerator: Any) -> Path:
+    """The output folder, without what a killed run left half-written, and with the recipe inside."""
+    output_dir = Path(run.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        storage.sweep(output_dir)
+        storage.write_json(output_dir / "recipe.json", {**run.resolved(), "versions": versions()})
+    return output_dir
+
+
+def _all_steps(
+    run: Run,
+    step: Step,
+    batches: Batches,
+    learner: Learner,
+    progress: checkpoint.Progress,
+    validation: Validation | None,
+    log: Log,
+) -> None:
+    """From where `progress` is to the end: each step is taken, watched, logged and, when it is time, saved.
+
+    Raises:
+        InterruptedError: SIGTERM came; the step under way was finished and saved.
+        RuntimeError: too many steps had non-finite gradients.
+    """
+    accelerator = step.accelerator
+    with _terminated() as stop:
+        for micro_batches in _steps(run, batches, progress.step):
+            metrics = _one_step(run, step, batches, learner, progress, micro_batches)
+            last = progress.step == run.max_train_steps
+            if validation and (progress.step % run.validation_steps == 0 or last):
+                metrics |= validation(progress.step)
+            log.write(progress.step, metrics)
+            if progress.step % run.checkpointing_steps == 0 or last or stop():
+                if accelerator.is_main_process:
+                    checkpoint.save(Path(run.output_dir), learner.network, learner.state, progress, run)
+                accelerator.wait_for_everyone()
+            if stop():
+                raise InterruptedError(
+                    f"Stopped by a signal after step {progress.step}; go on with --resume-from-checkpoint latest."
+                )
+
+
 def _one_step(
     run: Run,
     step: Step,
     batches: Batches,
+    learner: Learner,
     progress: checkpoint.Progress,
     micro_batches: list[tuple[list[Comparison], list[int]]],
-    optimizer: Any,
-    parameters: list[Any],
-    accelerator: Any,
 ) -> dict[str, float]:
-    """Forward, backward and update; returns the step's metrics."""
+    """Forward, backward and update; counts the step and returns its metrics."""
+    started, accelerator = time.perf_counter(), step.accelerator
     first = progress.step * run.gradient_accumulation_steps
     own = sum(step.terms(batches.batch(first + m)) for m in range(run.gradient_accumulation_steps))
     counted = accelerator.reduce(torch.tensor([float(own)], device=accelerator.device), "sum").item()
@@ -143,27 +212,24 @@ def _one_step(
         likelihood, loss = step.backward(probe, feedback, scale, last=number == len(micro_batches) - 1)
         meter.add(likelihood, loss, feedback)
         samples += len(probe)
-    grad_norm = float(accelerator.clip_grad_norm_(parameters, run.max_grad_norm))
-    learning_rate = optimizer.param_groups[0]["lr"]
-    finite = math.isfinite(grad_norm)
-    # A GradScaler has to see the overflow itself, to lower its scale
-    if counted and (finite or accelerator.scaler is not None):
-        optimizer.step()
-    optimizer.zero_grad()
-    if not finite:
+    grad_norm, learning_rate = learner.update(empty=not counted)
+    progress.step += 1
+    if not math.isfinite(grad_norm):
         progress.skipped += 1
         if progress.skipped > run.max_skipped_steps:
             raise RuntimeError(
-                f"{progress.skipped} steps had non-finite gradients, the last one step {progress.step + 1};"
+                f"{progress.skipped} steps had non-finite gradients, the last one step {progress.step};"
                 " lower the learning rate or the mixed precision."
             )
-    metrics = meter.means(accelerator)
-    metrics |= {
+    return {
+        **meter.means(accelerator),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "skipped_steps": float(progress.skipped),
+        "terms": counted,
+        "samples_per_second": samples * accelerator.num_processes / (time.perf_counter() - started),
+        "peak_memory_gib": peak_bytes() / 2**30,
     }
-    return {**metrics, "terms": counted, "samples": float(samples * accelerator.num_processes)}
 
 
 def _steps(run: Run, batches: Batches, start: int) -> Iterator[list[tuple[list[Comparison], list[int]]]]:
@@ -177,11 +243,15 @@ def _steps(run: Run, batches: Batches, start: int) -> Iterator[list[tuple[list[C
 
 
 def _check_first(run: Run, step: Step, batches: Batches) -> None:
-    """Asks the objective once whether it can work with this path and feedback."""
+    """Asks the objective once whether it can work with this path and feedback, and for every user's embedding."""
     try:
-        run.objective.check(step.modality.path, feedback_of(batches.batch(0)))
+        run.objective.check(step.modality.path, feedback_of(batches.batch(0), run.score_scale))
     except ValueError as error:
         raise UserError(f"{type(run.objective).__name__} cannot be trained on {run.dataset_name}: {error}.") from error
+    # A table's rows are read one by one with their pictures: there a missing user is met when its turn comes
+    if step.users is not None and isinstance(batches.comparisons, list):
+        for item in batches.comparisons:
+            step.users.of(item)
 
 
 def _read(run: Run, say: Callable[[str], None]) -> Sequence[Comparison]:

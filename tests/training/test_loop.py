@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,9 +241,42 @@ def test_non_finite_gradients_are_skipped_counted_and_end_the_run(recipe, pairs,
         run_it(recipe, pairs, max_train_steps=9, max_skipped_steps=2)
 
 
+@pytest.mark.filterwarnings("error:.*lr_scheduler.step")
+def test_a_skipped_first_step_moves_the_schedule_alone(recipe, pairs, monkeypatch, tmp_path):
+    settings = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3}
+    expected, _ = run_it(recipe, pairs, **settings, output_dir=str(tmp_path / "whole"))
+    from mmalign.training.step import Step
+
+    real, calls = Step.backward, []
+
+    def poisoned_once(self, probe, feedback, scale, last):
+        calls.append(scale)
+        return real(self, probe, feedback, float("nan") if len(calls) == 1 else scale, last)
+
+    monkeypatch.setattr(Step, "backward", poisoned_once)
+    run_it(recipe, pairs, **settings, max_train_steps=1)
+    rows, _ = run_it(recipe, pairs, **settings, resume_from_checkpoint="latest")
+    assert curve(rows, "skipped_steps") == [1.0, 1.0, 1.0]
+    assert curve(rows, "learning_rate") == curve(expected, "learning_rate")
+    assert rows[1]["loss"] == pytest.approx(0.6931471805599453, rel=1e-12)  # the policy is still the reference
+    assert rows[2]["loss"] != rows[1]["loss"]
+
+
+@pytest.mark.filterwarnings("error:.*lr_scheduler.step")
+def test_an_empty_step_changes_no_weight_and_no_optimizer_state(recipe, pairs, monkeypatch):
+    from mmalign.training.step import Step
+
+    monkeypatch.setattr(Step, "terms", lambda self, items: 0)
+    rows, output = run_it(recipe, pairs, max_train_steps=2, checkpointing_steps=2)
+    assert curve(rows, "terms") == [0.0, 0.0]
+    assert curve(rows) == pytest.approx([0.6931471805599453] * 2, rel=1e-12)
+    assert not torch.load(output / "checkpoint-2" / "state.pt")["optimizer"]["state"]
+
+
 def test_nothing_to_compare_is_said(recipe, pairs):
     with pytest.raises(UserError, match="no pair"):
         run_it(recipe, [replace(pair, score=(1.0, 1.0)) for pair in pairs])
+    assert not Path(recipe.output_dir).exists()
 
 
 TWO = """
