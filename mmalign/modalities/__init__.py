@@ -157,14 +157,14 @@ def class_name(source: str | Path) -> str:
 
 
 def _architecture(source: str | Path) -> str | None:
-    """What a transformers model's config.json states; "model without architectures" where it is silent."""
+    """What a model's config.json states; a part of a diffusers pipeline has another word for it."""
     from transformers import PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(source))
     except (OSError, ValueError):
         return None
-    return next(iter(config.get("architectures") or ()), "model without architectures in its config.json")
+    return next(iter(config.get("architectures") or ()), config.get("_class_name", "model without architectures"))
 
 
 def _family(source: str | Path) -> Any:

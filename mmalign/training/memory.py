@@ -143,7 +143,7 @@ def _wrap(model: nn.Module, run: Run, default: Sequence[str]) -> None:
     targets = tuple("." + target for target in run.lora_targets or default)
     found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for name in found:
-        if name.endswith(targets):
+        if f".{name}".endswith(targets):
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, child, _WithLoRA(getattr(owner, child), run.rank))

@@ -58,6 +58,8 @@ def test_token_probe_sums_answer_tokens_and_batches_by_rows():
     expected = [sum(logp[n, i - 1, tokens[n, i]] for i in range(1, 5) if mask[n, i]) for n in range(2)]
     assert torch.allclose(probe.logp(logits), torch.stack(expected))
     assert torch.allclose(probe[1:2].logp(logits[1:2]), probe.logp(logits)[1:2])
+    # The last K positions are enough, from the one that predicts the first answer token
+    assert torch.allclose(probe[:1].logp(logits[:1, 1:]), probe.logp(logits)[:1])
 
 
 def test_transition_probe_is_a_gaussian():
