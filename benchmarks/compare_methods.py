@@ -1,0 +1,265 @@
+"""All methods side by side on the embedded model: the same candidates and labels, the same number of training samples.
+
+    python benchmarks/compare_methods.py develop --output DIR --methods MaPO InPO [--set objective.T=4000 ...]
+    python benchmarks/compare_methods.py test --output DIR --seeds 0 1 2     # seeds can be shared out to processes
+    python benchmarks/compare_methods.py table --output DIR                  # methods.md, methods.json, methods.png
+
+A seed has its own 320 prompts with four candidates each, scored by embedded-hps. Pair methods get the best and the
+worst of a prompt, RankDPO all four as a list; a step is 32 samples for each method, 60 steps. InPO and SmPO ask the
+network more often, without gradient, to invert; the table shows it. `develop` judges on 120 development prompts,
+`test` on the 320 test prompts that no earlier benchmark looked at, one picture each, and 100 of them once more for the
+diversity. Training, development and test prompts share no combination of object and ground.
+"""
+
+import argparse
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from align_embedded import SCORERS, rows, trained
+
+import mmalign
+from mmalign.commands import quiet_libraries
+from mmalign.data.label import best_worst, ranked
+from mmalign.embedded import prompts as embedded_prompts
+from mmalign.evaluation.compare import Result, pool, score_sides
+from mmalign.evaluation.metrics import bootstrap_interval, colourfulness, wins
+from mmalign.objectives import SFT
+from mmalign.quickstart import ALIGNMENT_SCORER, HELD_OUT_SCORER, TRAINING_SCORER, Size, spread
+from mmalign.recipe import load_recipe
+from mmalign.storage import read_json, write_json
+from mmalign.surrogate import FreshNoise
+from mmalign.training.loop import versions
+from mmalign.training.views import WeightViews
+
+METHODS = {
+    "DiffusionDPO": "embedded_diffusion_dpo",
+    "MaPO": "embedded_mapo",
+    "SmPO": "embedded_smpo",
+    "InPO": "embedded_inpo",
+    "RankDPO": "embedded_rankdpo",
+    "SFT": "embedded_diffusion_dpo",
+}
+FEATURES = {TRAINING_SCORER: "training scorer", HELD_OUT_SCORER: "held out", ALIGNMENT_SCORER: "text"}
+SIZE = Size()
+
+
+def recipe(method: str):
+    """The method's run; SFT takes Diffusion-DPO's with the same draw."""
+    run = load_recipe(METHODS[method])
+    return replace(run, objective=SFT(draw=FreshNoise(low=0.5))) if method == "SFT" else run
+
+
+def feedback(seed: int) -> tuple[list, list, list[float]]:
+    """Pairs, ranked lists and all scores of one seed's candidates."""
+    prompts = spread(embedded_prompts("pairs"), SIZE.pair_prompts, seed)
+    k = SIZE.candidates
+    flat = [prompt for prompt in prompts for _ in range(k)]
+    seeds = [1_000_000 * (seed + 1) + i for i in range(len(flat))]
+    pictures = mmalign.load(load_recipe("embedded_diffusion_dpo").pretrained_model_name_or_path).generate(
+        flat, seeds=seeds, **SIZE.sampling
+    )
+    scores = mmalign.load_scorer(TRAINING_SCORER).score(pictures, flat).tolist()
+    parts = [slice(i * k, (i + 1) * k) for i in range(len(prompts))]
+    media, scored = [pictures[part] for part in parts], [scores[part] for part in parts]
+    sources = [[str(seed) for seed in seeds[part]] for part in parts]
+    pairs, _ = best_worst(prompts, media, scored, sources=sources, drop_fraction=SIZE.drop_fraction)
+    kept = {pair.prompt for pair in pairs}
+    lists, _ = ranked(prompts, media, [scored], sources=sources)
+    return pairs, [row for row in lists if row.prompt in kept], scores
+
+
+class Judge:
+    """The base's pictures of a split, made once, and what can be said of others beside them."""
+
+    def __init__(self, prompts: list[str], twice: int):
+        # The first `twice` prompts come a second time, with another seed
+        self.count, self.twice = len(prompts), twice
+        self.prompts = prompts + prompts[:twice]
+        self.settings = {"seeds": list(range(len(self.prompts))), **SIZE.sampling}
+        self.scorers = {name: mmalign.load_scorer(name) for name in SCORERS}
+        model = load_recipe("embedded_diffusion_dpo").pretrained_model_name_or_path
+        self.base = mmalign.load(model).generate(self.prompts, **self.settings)
+        self.base_embeddings, self.base_diversity = self.look(self.base)
+
+    def look(self, pictures) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings, and the distance between the two pictures of each prompt that was drawn twice."""
+        found = self.scorers[ALIGNMENT_SCORER].features(pictures, ())[0].double().numpy()
+        return found, 1 - (found[: self.twice] * found[self.count :]).sum(1)
+
+    def __call__(self, modality) -> tuple[Result, dict]:
+        """Scores of both sides, and per-picture distance from the base, diversity and colourfulness."""
+        with WeightViews(modality)("policy"):
+            pictures = modality.generate(self.prompts, **self.settings)
+        n = self.count
+        result = score_sides(self.prompts[:n], self.base[:n], pictures[:n], self.scorers)
+        embeddings, diversity = self.look(pictures)
+        colour = wins(*([colourfulness(p) for p in side[:n]] for side in (self.base, pictures)))
+        pixels = [
+            np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() / 255
+            for a, b in zip(self.base[:n], pictures, strict=False)
+        ]
+        return result, {
+            "distance": (1 - (embeddings[:n] * self.base_embeddings[:n]).sum(1)).tolist(),
+            "pixels": pixels,
+            "diversity": diversity.tolist(),
+            "base_diversity": self.base_diversity.tolist(),
+            "colourfulness_win": float(colour.mean()),
+        }
+
+
+def develop(arguments) -> None:
+    """Recipes as they stand, or with fields changed, on development prompts."""
+    pairs, lists, scores = feedback(seed=1000)
+    print(f"{len(pairs)} pairs, {len(lists)} lists, scores {min(scores):.3f} to {max(scores):.3f}", flush=True)
+    judge = Judge(spread(embedded_prompts("development"), 120, seed=0), twice=20)
+    for method in arguments.methods:
+        run = recipe(method)
+        for setting in arguments.set:
+            name, _, value = setting.partition("=")
+            value = json.loads(value)
+            if name.startswith("draw."):
+                draw = replace(run.objective.draw, **{name.removeprefix("draw."): value})
+                run = replace(run, objective=replace(run.objective, draw=draw))
+            elif name.startswith("objective."):
+                run = replace(run, objective=replace(run.objective, **{name.removeprefix("objective."): value}))
+            else:
+                run = replace(run, **{name: value})
+        last = max(arguments.steps)
+        run = replace(run, max_train_steps=last, checkpointing_steps=last)
+
+        def look(modality, step, method=method):
+            if step in arguments.steps:
+                result, more = judge(modality)
+                label = f"{method} {' '.join(arguments.set)} {step} steps"
+                print("\n".join(rows(label, result, more["colourfulness_win"])), flush=True)
+
+        _, seconds = trained(run, lists if method == "RankDPO" else pairs, arguments.output / method, look)
+        print(f"{seconds:.0f} s", flush=True)
+
+
+def test(arguments) -> None:
+    """Every method as its recipe stands, for each seed; the test prompts are looked at here alone."""
+    seen = set(spread(embedded_prompts("test"), 400, seed=0))  # by align_embedded.py
+    unseen = [prompt for prompt in spread(embedded_prompts("test"), 720, seed=0) if prompt not in seen]
+    judge = Judge(unseen, twice=100)
+    for seed in arguments.seeds:
+        pairs, lists, _ = feedback(seed)
+        for method in arguments.methods:
+            run, data = replace(recipe(method), seed=seed), lists if method == "RankDPO" else pairs
+            modality, seconds = trained(run, data, arguments.output / f"run-{method}-{seed}")
+            result, more = judge(modality)
+            record = {
+                "run": {k: v for k, v in run.resolved().items() if k != "pretrained_model_name_or_path"},
+                "data": len(data),
+                "seconds": seconds,
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "versions": versions(),
+                **more,
+                **json.loads(result.to_json()),
+            }
+            write_json(arguments.output / f"{method}-{seed}.json", record)
+            print("\n".join(rows(f"{method}, seed {seed}", result, more["colourfulness_win"])), flush=True)
+
+
+def _result(record) -> Result:
+    scores = {n: {side: np.array(v) for side, v in sides.items()} for n, sides in record["scores"].items()}
+    return Result(tuple(record["prompts"]), scores)
+
+
+def interval(values, prompts) -> str:
+    """Mean and 95 % bootstrap over prompts."""
+    low, high = bootstrap_interval(values, clusters=prompts)
+    return f"{np.mean(values):.4f} ({low:.4f} to {high:.4f})"
+
+
+def table(arguments) -> None:
+    """Every seed and all pooled."""
+    found = {method: sorted(arguments.output.glob(f"{method}-[0-9]*.json")) for method in METHODS}
+    records = {method: [read_json(file) for file in files] for method, files in found.items() if files}
+    pooled = {method: pool([_result(record) for record in several]) for method, several in records.items()}
+    lines = [
+        "| method | seed | n | training scorer | held out | change of text alignment | distance from base | diversity /"
+        " base's | network calls a step | train s |",
+        "| --- " * 10 + "|",
+    ]
+    figures = {"versions": next(iter(records.values()))[0]["versions"], "methods": {}}
+    for method, several in records.items():
+        singles = [(str(record["run"]["seed"]), _result(record), [record]) for record in several]
+        for seed, result, own in [*singles, ("**all**", pooled[method], several)]:
+            by = {row.scorer: row for row in result.rows()}
+            hps, held, text = (by[name] for name in FEATURES)
+            distance = [value for record in own for value in record["distance"]]
+            ratio = np.mean([record["diversity"] for record in own]) / np.mean([r["base_diversity"] for r in own])
+            inversion = own[0]["run"]["objective"].get("draw") or ""
+            steps = 5 if "DDIMInversion" in inversion else 10 if "ReNoise" in inversion else 0
+            views = 1 if method in ("SFT", "MaPO") else 2
+            lines.append(
+                f"| {method} | {seed} | {hps.n} | {hps.win_rate:.1%} ({hps.win_low:.1%} to {hps.win_high:.1%}) |"
+                f" {held.win_rate:.1%} ({held.win_low:.1%} to {held.win_high:.1%}) |"
+                f" {text.change_low:+.3f} to {text.change_high:+.3f} | {interval(distance, result.prompts)} |"
+                f" {ratio:.3f} | {views + steps} | {np.mean([record['seconds'] for record in own]):.0f} |"
+            )
+            figures["methods"].setdefault(method, {"run": own[0]["run"]})[seed.strip("*")] = {
+                "rows": [row._asdict() for row in result.rows()],
+                "distance": float(np.mean(distance)),
+                "diversity_ratio": float(ratio),
+                "seconds": [record["seconds"] for record in own],
+                "peak_gib": [record["peak_gib"] for record in own],
+                "colourfulness_win": float(np.mean([record["colourfulness_win"] for record in own])),
+            }
+    print("\n".join(lines))
+    (arguments.output / "methods.md").write_text("\n".join(lines) + "\n")
+    write_json(arguments.output / "methods.json", figures)
+    plot(pooled, records, arguments.output / "methods.png")
+
+
+def plot(pooled, records, file: Path) -> None:
+    """Win rates under both scorers and the change of text alignment, 95 % intervals, every seed as a dot."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+    names = list(pooled)
+    for axis, (scorer, title) in zip(axes, FEATURES.items(), strict=True):
+        for y, method in enumerate(names):
+            results = [pooled[method], *(_result(record) for record in records[method])]
+            for place, result in enumerate(results):
+                row = next(row for row in result.rows() if row.scorer == scorer)
+                value, low, high = (
+                    (row.change, row.change_low, row.change_high)
+                    if scorer == ALIGNMENT_SCORER
+                    else (row.win_rate, row.win_low, row.win_high)
+                )
+                if place:
+                    axis.plot(value, y + 0.25, ".", color="#999", markersize=5)
+                else:
+                    axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color="#0a7d4b", capsize=3)
+        axis.axvline(0 if scorer == ALIGNMENT_SCORER else 0.5, color="#ccc", zorder=0)
+        axis.set_title("change of text alignment" if scorer == ALIGNMENT_SCORER else f"win rate, {title}")
+        axis.set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["develop", "test", "table"])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=[60])
+    parser.add_argument("--set", nargs="+", default=[], help="field=value, objective.field=value or draw.field=value")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
+    {"develop": develop, "test": test, "table": table}[arguments.stage](arguments)
+
+
+if __name__ == "__main__":
+    main()
