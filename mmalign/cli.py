@@ -18,6 +18,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
   train RECIPE          align a model; every field of the recipe is a flag
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
+  user make|blend       a user's embedding from four pairs; a taste between two users
   score PATH            score a picture or a folder of pictures
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers               list the bundled scorers
@@ -81,6 +82,8 @@ def compare(
     guidance_scale: float | None = None,
     seed: int = 0,
     limit: int | None = None,
+    user: str | None = None,
+    users: str | None = None,
 ) -> None:
     """Generates from both models with the same prompts and seeds, scores them and writes a report.
 
@@ -94,12 +97,14 @@ def compare(
         guidance_scale: default the pipeline's.
         seed: of the first picture; the others count on.
         limit: take the first so many prompts.
+        user: whom the aligned pictures are for, if ALIGNED was trained for users.
+        users: file with that user's embedding; default users.safetensors in ALIGNED.
     """
     from mmalign.commands import compare_models
 
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     scorer = scorer or ("embedded-hps", "embedded-clip")
-    compare_models(base, aligned, prompts, scorer, output_dir, seed=seed, limit=limit, **settings)
+    compare_models(base, aligned, prompts, scorer, output_dir, seed=seed, limit=limit, whose=(user, users), **settings)
 
 
 def score(
@@ -134,6 +139,13 @@ def recipes(argv: Sequence[str]) -> None:
         raise UserError("mmalign recipes lists them; mmalign recipes copy NAME copies one into this folder.")
 
 
+def user(argv: Sequence[str]) -> None:
+    """Makes or blends user embeddings."""
+    from mmalign.personal import user as run_command
+
+    run_command(argv)
+
+
 def scorers() -> None:
     """Lists the bundled scorers."""
     from mmalign.scoring.scorer import list_scorers
@@ -166,7 +178,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "scorers": scorers,
     "demo": demo,
 }
-OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "recipes": recipes}
+OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "recipes": recipes, "user": user}
 
 
 def parsed(function: Any, argv: Sequence[str], *, prog: str, **options: Any) -> Any:

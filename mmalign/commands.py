@@ -28,13 +28,14 @@ def quiet_libraries() -> None:
 
 
 def both_sides(
-    modality: Any, views: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+    modality: Any, views: Any, prompts: Sequence[str], seeds: Sequence[int], user: Any = None, **settings: Any
 ) -> tuple[list[Any], list[Any]]:
-    """Pictures of the reference and of the policy for the same prompts and seeds."""
+    """Pictures of the reference and of the policy for the same prompts and seeds; the policy's are for `user`."""
     sides = []
     for view, title in (("reference", "Base pictures"), ("policy", "Aligned pictures")):
         with stage(title, len(prompts)) as advance, views(view):
-            sides.append(modality.generate(prompts, seeds=seeds, progress=advance, **settings))
+            told = {"user": user} if user is not None and view == "policy" else {}
+            sides.append(modality.generate(prompts, seeds=seeds, progress=advance, **settings, **told))
     return sides[0], sides[1]
 
 
@@ -149,6 +150,7 @@ def compare_models(
     *,
     seed: int = 0,
     limit: int | None = None,
+    whose: tuple[str | None, str | None] = (None, None),
     **settings: Any,
 ) -> None:
     """What `mmalign compare` does: a LoRA is compared with its base on one set of weights, models one by one."""
@@ -157,6 +159,8 @@ def compare_models(
     from mmalign.training.views import WeightViews
 
     quiet_libraries()
+    if any(whose) and not (Path(aligned) / "user_layers.safetensors").is_file():
+        raise UserError(f"{aligned}: has no user layers, so it cannot make pictures for a user; leave --user out.")
     texts = read_prompts(prompts)[:limit]
     judges = {name: mmalign.load_scorer(name) for name in scorers}
     base = str(embedded_path()) if base == "embedded" else base
@@ -166,12 +170,18 @@ def compare_models(
         for title, source in (("Base pictures", base), ("Aligned pictures", aligned)):
             with stage(title, len(texts)) as advance:
                 sides.append(mmalign.load(source).generate(texts, seeds=seeds, progress=advance, **settings))
+    elif (Path(aligned) / "user_layers.safetensors").is_file():
+        has_lora = (Path(aligned) / "pytorch_lora_weights.safetensors").is_file()
+        who = _embedding(aligned, *whose)
+        modality = mmalign.load(base, lora=aligned if has_lora else None, user_layers=aligned)
+        views = WeightViews(modality, same_weights=True)
+        sides = both_sides(modality, views, texts, seeds, user=who, **settings)
     else:
         modality = mmalign.load(base, lora=aligned)
         sides = both_sides(modality, WeightViews(modality), texts, seeds, **settings)
     result = score_sides(texts, *sides, judges)
     facts = {"base": base, "aligned": aligned, "prompts": f"{len(texts)} of {prompts}", "first seed": seed}
-    facts |= {name: value for name, value in settings.items() if value is not None}
+    facts |= {name: value for name, value in {"user": whose[0], **settings}.items() if value is not None}
     report(
         Path(output_dir),
         f"{Path(aligned).name} against {Path(base).name}",
@@ -180,6 +190,17 @@ def compare_models(
         *sides,
         facts=facts,
     )
+
+
+def _embedding(aligned: str, user: str | None, users: str | None) -> Any:
+    """The embedding of a user, from a file or from what a run saved."""
+    from mmalign.data.users import USERS_FILE, read_users
+
+    known = read_users(users or Path(aligned) / USERS_FILE)
+    if user is None:
+        some = ", ".join(sorted(known.vectors)[:3])
+        raise UserError(f"{aligned}: was trained for users; say whose pictures by --user, for example one of {some}.")
+    return known[user]
 
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

@@ -25,6 +25,7 @@ ON_TOP = {
     "cli",
     "commands",
     "console",
+    "personal",
     "quickstart",
     "recipe",
 }  # these may import every room, and no room imports them

@@ -28,6 +28,15 @@ def numbers_of(users: Sequence[str | None]) -> Tensor | None:
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
 
+def rows_by_user(comparisons: Sequence[Comparison]) -> dict[str, list[int]]:
+    """User -> row numbers of their comparisons that prefer something, in an order that is a function of the ids."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for row, item in enumerate(comparisons):
+        if item.user is not None and len(set(item.score)) > 1:
+            found.setdefault(item.user, []).append((item.group, row))
+    return {user: [row for _, row in sorted(places)] for user, places in found.items()}
+
+
 @dataclass(frozen=True)
 class Users:
     """Embeddings by user.

@@ -74,6 +74,29 @@ class ClipScorer(Scorer):
             return {"score": finish + alignment, "finish": finish, "alignment": alignment}
         return {"score": FORMULAS[formula](cosine, self.model.logit_scale)}
 
+    @torch.no_grad()
+    def features(self, media: Sequence, layers: Sequence[str], *, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """What the image tower sees, before anything is compared with a prompt.
+
+        Args:
+            media: N pictures.
+            layers: names of the tower's layers, whose outputs are [N, C, H, W] or [N, L, C].
+            batch_size: how many go through at once.
+
+        Returns:
+            Embeddings of length 1 [N, D]; mean and deviation over the picture of each channel of the layers [N, F].
+        """
+        embeddings, channels = [], []
+        for start in range(0, len(media), batch_size):
+            rows = range(start, min(start + batch_size, len(media)))
+            pixels = torch.stack([self.preprocess(opened(media[i], i)) for i in rows]).to(self.device)
+            image, outputs = tapped(self.model.visual, pixels, layers)
+            embeddings.append(F.normalize(image, dim=-1))
+            flat = [output.flatten(2) if output.ndim == 4 else output.transpose(1, 2) for output in outputs]
+            pooled = [part for value in flat for part in (value.mean(-1), value.std(-1, unbiased=False))]
+            channels.append(torch.cat([pixels.new_zeros(len(pixels), 0), *pooled], -1))
+        return torch.cat(embeddings).cpu(), torch.cat(channels).cpu()
+
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings of length 1, [N, D]; each distinct prompt goes through the tower once."""
         if len(self.texts) > REMEMBERED_PROMPTS:
