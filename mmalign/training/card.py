@@ -13,7 +13,7 @@ from mmalign.training.run import Run
 
 TEMPLATE = """---
 base_model: {{ run.pretrained_model_name_or_path }}
-library_name: diffusers
+library_name: {{ library }}
 tags: [mmalign, preference-alignment, {{ method }}{{ ", lora" if lora }}]
 ---
 # {{ title }}
@@ -32,6 +32,19 @@ from mmalign.data.users import read_users
 folder = "path/to/this/folder"  # user_layers.safetensors, and users.safetensors with the embeddings
 model = mmalign.load("{{ run.pretrained_model_name_or_path }}", user_layers=folder{{ ", lora=folder" if run.lora }})
 model.generate(["a prompt"], seeds=[0], user=read_users(folder + "/users.safetensors")["a user"])
+{% elif library != "diffusers" %}
+from transformers import AutoModelForImageTextToText, AutoProcessor
+{% if library == "peft" %}
+from peft import PeftModel
+
+base = "{{ run.pretrained_model_name_or_path }}"
+processor = AutoProcessor.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), "path/to/this/folder")
+{% else %}
+
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")
+{% endif %}
 {% else %}
 from diffusers import DiffusionPipeline
 {% if run.use_lora %}
@@ -42,7 +55,7 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 {% endif %}
 {% endif %}
 ```
-{% if lora %}`pytorch_lora_weights_kohya.safetensors` is the same LoRA for ComfyUI and A1111.
+{% if kohya %}`pytorch_lora_weights_kohya.safetensors` is the same LoRA for ComfyUI and A1111.
 {% endif %}
 ## Training
 | | |
@@ -79,8 +92,11 @@ def write_card(
         if values:
             ends = (values[:tenth], values[-tenth:])
             curves.append((name, *(f"{sum(end) / len(end):.4g}" for end in ends)))
+    written = {path.name for path in output_dir.iterdir()}
     context: dict[str, Any] = {
         "run": run,
+        "library": _library(written),
+        "kohya": "pytorch_lora_weights_kohya.safetensors" in written,
         "lora": run.use_lora and not run.users,
         "title": output_dir.name,
         "method": type(run.objective).__name__,
@@ -94,3 +110,10 @@ def write_card(
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
     with storage.atomic_file(output_dir / "README.md") as temp:
         temp.write_text(environment.from_string(TEMPLATE).render(context))
+
+
+def _library(written: set[str]) -> str:
+    """What reads the weights, told by the files that the modality saved."""
+    if "adapter_config.json" in written:
+        return "peft"
+    return "transformers" if "config.json" in written and "model_index.json" not in written else "diffusers"

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 import mmalign
+from mmalign import storage
 from mmalign.evaluation.report import grid
+from mmalign.records import Text
 from mmalign.training.run import Run
 from mmalign.training.views import WeightViews
 
@@ -31,13 +33,17 @@ class Validation:
             return self.modality.generate(prompts, seeds=range(len(prompts)))
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Writes `validation/step-N.png`; returns the scores."""
+        """Writes `validation/step-N.png`, for text answers `step-N.json`; returns the scores."""
         prompts = list(self.run.validation_prompts)
         self.base = self.base or self._generate("reference")
         policy = self._generate("policy")
         folder = Path(self.run.output_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
-        grid(folder / f"step-{step:06d}.png", prompts, self.base, policy)
+        name = f"step-{step:06d}"
+        if isinstance(policy[0], Text):
+            storage.write_json(folder / f"{name}.json", {"prompt": prompts, "base": self.base, "policy": policy})
+        else:
+            grid(folder / f"{name}.png", prompts, self.base, policy)
         metrics: dict[str, float] = {}
         for name, scorer in self.scorers.items():
             before, after = scorer.score(self.base, prompts), scorer.score(policy, prompts)
