@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -27,11 +28,30 @@ PREFIX = "checkpoint-"
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is."""
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps that were taken.
+        skipped: those among them whose gradients were not finite.
+        groups_per_step: comparisons of a step, all processes together.
+        best: highest mean of the scorer that `early_stop` follows; None before its first finite one.
+        best_step: where it was.
+        since_best: validations after it.
+    """
 
     step: int = 0
     skipped: int = 0
     groups_per_step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0
+
+    def judged(self, score: float) -> None:
+        """Takes in the score of a validation at this step; one that is not finite is no new best."""
+        if math.isfinite(score) and (self.best is None or score > self.best):
+            self.best, self.best_step, self.since_best = score, self.step, 0
+        else:
+            self.since_best += 1
 
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ from mmalign import storage
 from mmalign.data.loader import Batches, decode
 from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
-from mmalign.training import checkpoint
+from mmalign.training import checkpoint, hub
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
 from mmalign.training.prepare import make_accelerator, make_optimizer, prepare_policy
@@ -49,11 +49,12 @@ def train(
 
     Raises:
         UserError: something in the recipe, the data or the output folder is wrong.
-        RuntimeError: too many steps had non-finite gradients.
+        RuntimeError: too many steps had non-finite gradients, or the upload failed (the output folder is whole then).
     """
     accelerator = make_accelerator(run)
     say = say if accelerator.is_main_process else _silent
     resume = checkpoint.find(run)  # before anything is read or loaded
+    repository = hub.repository(run) if run.push_to_hub and accelerator.is_main_process else None
     if comparisons is None:
         comparisons = _read(run, say)
     if modality is None:
@@ -61,14 +62,7 @@ def train(
     views = prepare_policy(modality, run)
     learner = Learner(run, modality, accelerator)
     progress = learner.resume(resume, say)
-    batches = Batches(
-        comparisons,
-        groups_per_batch=run.train_batch_size,
-        seed=run.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=run.dataloader_num_workers,
-    )
+    batches = _deal(run, comparisons, accelerator)
     step = Step(run, modality, views, accelerator)
     validation = Validation(run, modality, views) if run.validation_prompts and accelerator.is_main_process else None
     _check_first(run, step, batches)
@@ -76,18 +70,19 @@ def train(
     log = Log(output_dir, accelerator, progress.step, watch)
 
     _all_steps(run, step, batches, learner, progress, validation, log)
-
+    if _stops_early(run, progress):
+        best = "no finite score" if progress.best is None else f"{progress.best:.4g} at step {progress.best_step}"
+        say(f"Stopped early at step {progress.step}: the best of {run.validation_scorers[-1]} was {best}.")
     modality.network = learner.network
     if accelerator.is_main_process:
-        checkpoint.export(modality, output_dir)
-        if run.users:
-            write_users(output_dir / USERS_FILE, read_users(run.users))
-        write_card(output_dir, run, log.rows(), comparisons_count=len(comparisons))
-        _push(run, output_dir, say)
+        _write_result(run, modality, log, len(comparisons))
     # The DDP wrapper goes first: were it the last to hold the process group, its destructor would wait under the GIL
     # for gloo's thread, which may itself wait for the GIL to free the last barrier (seen with torch 2.11)
     accelerator.free_memory()
     accelerator.end_training()
+    if repository:  # last of all: the result is whole, whatever becomes of the upload
+        hub.upload(repository, output_dir)
+        say(f"Uploaded to {repository}.")
     return output_dir
 
 
@@ -174,12 +169,15 @@ def _all_steps(
         RuntimeError: too many steps had non-finite gradients.
     """
     accelerator = step.accelerator
+    if _stops_early(run, progress):  # the checkpoint's run did
+        return
     with _terminated() as stop:
         for micro_batches in _steps(run, batches, progress.step):
             metrics = _one_step(run, step, batches, learner, progress, micro_batches)
-            last = progress.step == run.max_train_steps
-            if validation and (progress.step % run.validation_steps == 0 or last):
+            if validation and (progress.step % run.validation_steps == 0 or progress.step == run.max_train_steps):
                 metrics |= validation(progress.step)
+            _judge(run, progress, metrics, accelerator)
+            last = progress.step == run.max_train_steps or _stops_early(run, progress)
             log.write(progress.step, metrics)
             if progress.step % run.checkpointing_steps == 0 or last or stop():
                 if accelerator.is_main_process:
@@ -189,6 +187,21 @@ def _all_steps(
                 raise InterruptedError(
                     f"Stopped by a signal after step {progress.step}; go on with --resume-from-checkpoint latest."
                 )
+            if last:
+                return
+
+
+def _judge(run: Run, progress: checkpoint.Progress, metrics: dict[str, float], accelerator: Any) -> None:
+    """Tells `progress` the score that `early_stop` follows, on every process."""
+    if run.early_stop and progress.step % run.validation_steps == 0:
+        # The main process alone has validated: all of them need its score, to stop at the same step
+        own = metrics[f"validation/{run.validation_scorers[-1]}"] if accelerator.is_main_process else 0.0
+        score = torch.tensor([own], dtype=torch.float64, device=accelerator.device)
+        progress.judged(accelerator.reduce(score, "sum").item())
+
+
+def _stops_early(run: Run, progress: checkpoint.Progress) -> bool:
+    return run.early_stop is not None and progress.since_best >= run.early_stop
 
 
 def _one_step(
@@ -240,6 +253,27 @@ def _steps(run: Run, batches: Batches, start: int) -> Iterator[list[tuple[list[C
     stream = batches.iterate(start * accumulation, run.max_train_steps * accumulation, prepare=prepare)
     while micro_batches := list(islice(stream, accumulation)):
         yield micro_batches
+
+
+def _deal(run: Run, comparisons: Sequence[Comparison], accelerator: Any) -> Batches:
+    """This process's share of every step."""
+    return Batches(
+        comparisons,
+        groups_per_batch=run.train_batch_size,
+        seed=run.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=run.dataloader_num_workers,
+    )
+
+
+def _write_result(run: Run, modality: Any, log: Log, comparisons_count: int) -> None:
+    """The aligned weights as they stand, the users' embeddings if there are users, and the model card."""
+    output_dir = Path(run.output_dir)
+    checkpoint.export(modality, output_dir)
+    if run.users:
+        write_users(output_dir / USERS_FILE, read_users(run.users))
+    write_card(output_dir, run, log.rows(), comparisons_count=comparisons_count)
 
 
 def _check_first(run: Run, step: Step, batches: Batches) -> None:
@@ -329,17 +363,6 @@ def versions() -> dict[str, str]:
 
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate")}
     return {"mmalign": mmalign.__version__, **libraries}
-
-
-def _push(run: Run, output_dir: Path, say: Callable[[str], None]) -> None:
-    if not run.push_to_hub:
-        return
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repository = api.create_repo(run.hub_model_id or output_dir.name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=repository, folder_path=output_dir, ignore_patterns=[f"{checkpoint.PREFIX}*"])
-    say(f"Uploaded to {repository}.")
 
 
 def _silent(line: str) -> None:

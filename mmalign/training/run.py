@@ -56,7 +56,11 @@ class Run:
         resume_from_checkpoint: "latest" or a checkpoint's folder.
         validation_prompts: pictures of these are made with fixed seeds, base beside policy.
         validation_steps: every so many steps.
-        validation_scorers: scorers that judge them.
+        validation_scorers: scorers that judge them; `early_stop` follows the last one, so let it be one that did not
+            make the data.
+        early_stop: stop after so many validations in a row without a new best mean of the last validation scorer. The
+            result holds the weights of the last step, not of the best one: for that, resume from its checkpoint with
+            `max_train_steps` at its step.
         seed: of everything random.
         dataloader_num_workers: threads that decode pictures ahead; the batches are the same for any number.
         report_to: tensorboard, wandb, trackio or none; `metrics.jsonl` is always written.
@@ -106,6 +110,7 @@ class Run:
     validation_prompts: tuple[str, ...] = ()
     validation_steps: int = 100
     validation_scorers: tuple[str, ...] = ()
+    early_stop: int | None = None
     seed: int = 0
     dataloader_num_workers: int = 0
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -122,9 +127,11 @@ class Run:
             "user_tokens",
             "rows_at_once",
         )
-        for name in (*at_least_one, "checkpointing_steps", "validation_steps"):
-            if getattr(self, name) < 1:
+        for name in (*at_least_one, "checkpointing_steps", "validation_steps", "early_stop"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be 1 or more.")
+        if self.early_stop and not (self.validation_prompts and self.validation_scorers):
+            raise UserError("early_stop needs something to follow; give validation_prompts and validation_scorers.")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise UserError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it has to be in [0, 1].")
         if self.score_scale is not None and not self.score_scale[0] < self.score_scale[1]:
@@ -174,6 +181,7 @@ _FREE_TO_CHANGE = {
     "validation_prompts",
     "validation_steps",
     "validation_scorers",
+    "early_stop",
     "dataloader_num_workers",
     "report_to",
     "push_to_hub",

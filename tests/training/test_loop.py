@@ -329,3 +329,66 @@ def test_two_processes_equal_one_and_resume_at_one(recipe, pairs, backward, tmp_
     rows, _ = run_it(two, pairs, train_batch_size=4, resume_from_checkpoint="latest")
     assert curve(rows) == pytest.approx(curve(expected), abs=1e-6)
     assert curve(rows, "terms") == curve(expected, "terms")
+
+
+class Falling:
+    """A scorer by a list: validation n of the policy has its n-th number; the base has 0. Asked for the base first."""
+
+    def __init__(self, scores):
+        self.scores, self.asked = list(scores), 0
+
+    def score(self, media, prompts):
+        self.asked += 1
+        return torch.full((len(prompts),), 0.0 if self.asked == 1 else self.scores[self.asked - 2])
+
+
+def stopping(recipe, monkeypatch, scores, **changes):
+    """A recipe that validates every second step and stops after two validations without a new best."""
+    from mmalign.training import validate
+
+    by_name = {"made-the-data": [9.0] * 9, "held-out": scores}
+    monkeypatch.setattr(validate.mmalign, "load_scorer", lambda name: Falling(by_name[name]))
+    watching = {"validation_prompts": ("a red fox",), "validation_scorers": ("made-the-data", "held-out")}
+    return replace(recipe, **watching, validation_steps=2, early_stop=2, max_train_steps=12, **changes)
+
+
+def test_early_stop_follows_the_last_scorer(recipe, pairs, monkeypatch):
+    run = stopping(recipe, monkeypatch, [0.1, 0.3, 0.2, 0.4, float("nan"), 0.5])
+    rows, output = run_it(run, pairs)
+    assert rows[-1]["step"] == 12
+    run = stopping(recipe, monkeypatch, [0.1, 0.3, 0.3, 0.2, 0.9], output_dir=str(output.parent / "shorter"))
+    said = []
+    monkeypatch.setattr(sys.modules[__name__], "quiet", said.append)
+    rows, output = run_it(run, pairs)
+    assert rows[-1]["step"] == 8
+    assert said[-1] == "Stopped early at step 8: the best of held-out was 0.3 at step 4."
+    # Its result is that of the last step, and there is a checkpoint of it
+    saved = load_file(output / "checkpoint-8" / "policy.safetensors")
+    exported = load_file(output / "pytorch_lora_weights.safetensors")
+    assert sorted(v.double().sum().item() for v in saved.values()) == pytest.approx(
+        sorted(v.double().sum().item() for v in exported.values())
+    )
+    again, _ = run_it(replace(run, resume_from_checkpoint="latest"), pairs)  # there is nothing left to do
+    assert again == rows
+
+
+def test_early_stop_counts_on_after_a_resume(recipe, pairs, monkeypatch):
+    run_it(
+        stopping(recipe, monkeypatch, [0.3, 0.2, 0.9]), pairs, max_train_steps=5
+    )  # 5 is no multiple: 0.9 is not counted
+    run = stopping(recipe, monkeypatch, [0.3], resume_from_checkpoint="latest")
+    rows, _ = run_it(run, pairs)
+    assert rows[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"early_stop": 0}, "early_stop is 0"),
+        ({"early_stop": 1}, "give validation_prompts and validation_scorers"),
+        ({"early_stop": 1, "validation_prompts": ("a",)}, "give validation_prompts and validation_scorers"),
+    ],
+)
+def test_early_stop_needs_something_to_follow(recipe, changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(recipe, **changes)
