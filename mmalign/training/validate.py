@@ -26,6 +26,7 @@ class Validation:
         self.run, self.modality, self.views = run, modality, views
         self.scorers = {name: mmalign.load_scorer(name) for name in run.validation_scorers}
         self.base: list[Any] = []
+        self.base_scores: dict[str, torch.Tensor] = {}
 
     def _generate(self, view: str) -> list[Any]:
         prompts = list(self.run.validation_prompts)
@@ -46,7 +47,9 @@ class Validation:
             grid(folder / f"{name}.png", prompts, self.base, policy)
         metrics: dict[str, float] = {}
         for name, scorer in self.scorers.items():
-            before, after = scorer.score(self.base, prompts), scorer.score(policy, prompts)
+            if name not in self.base_scores:
+                self.base_scores[name] = scorer.score(self.base, prompts)
+            before, after = self.base_scores[name], scorer.score(policy, prompts)
             metrics[f"validation/{name}"] = after.mean().item()
             metrics[f"validation/{name}_change"] = (after - before).mean().item()
         return metrics
