@@ -304,6 +304,7 @@ class VLMModality:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             repetition_penalty=1.0,
+            **{"temperature": 1.0, "top_p": 1.0, "top_k": 50},  # of no effect; transformers warns of the folder's
             eos_token_id=sorted(self.ends),
             pad_token_id=min(self.ends),
         )

@@ -14,6 +14,7 @@ from mmalign.modalities.adapter_files import ADAPTER_FILE
 from mmalign.objectives import SFT, DiffusionDPO
 from mmalign.records import Comparison, Text, UserError
 from mmalign.surrogate import AnswerTokens, Keys, evaluate
+from mmalign.surrogate.draws import generator
 from mmalign.training import memory
 from mmalign.training.loop import train
 from mmalign.training.run import Run
@@ -288,6 +289,26 @@ def test_an_answer_is_a_function_of_its_own_seed_and_prompt(folder, answers):
     assert modality.generate(prompts, seeds=range(4, 8), images=images, max_new_tokens=6) != made
     with pytest.raises(ValueError, match="4 prompts, 1 seeds"):
         modality.generate(prompts, seeds=[0])
+
+
+def test_every_token_is_the_bare_models_sample_whatever_settings_the_folder_has(folder, answers):
+    modality, (model, processor) = load(folder), bare(folder)
+    assert model.generation_config.repetition_penalty > 1
+    item = answers[1]
+    inputs = conversation(item, "", processor)
+    inputs = {
+        name: value[:, :-2] if value.shape == inputs["input_ids"].shape else value for name, value in inputs.items()
+    }
+    new = []
+    while len(new) < 12:
+        with torch.no_grad():
+            scores = model(**inputs, use_cache=False).logits[0, -1]
+        noise = generator("answer", 5, inputs["input_ids"].shape[1]).gumbel(size=len(scores))
+        new.append(int((scores / 0.7 + torch.from_numpy(noise)).argmax()))
+        along = {"input_ids": new[-1], "attention_mask": 1, "mm_token_type_ids": 0}
+        inputs |= {name: torch.cat([inputs[name], torch.tensor([[value]])], 1) for name, value in along.items()}
+    settings = {"seeds": [5], "images": [item.condition], "max_new_tokens": 12, "temperature": 0.7}
+    assert modality.generate([item.prompt], **settings) == [processor.tokenizer.decode(new, skip_special_tokens=True)]
 
 
 def test_samples_follow_the_models_distribution_and_temperature_0_takes_the_likeliest(folder):
