@@ -143,3 +143,13 @@ def test_bad_input_is_one_sentence(recipe, pairs, taken):
         run_it(recipe, [*taken[:11], replace(taken[11], user="anne")])
     with pytest.raises(UserError, match="no such file of user embeddings"):
         run_it(recipe, taken, users="nowhere.safetensors")
+
+
+def test_the_memory_plan_counts_user_layers(recipe):
+    from mmalign.training.memory import measured
+
+    counted, kept = measured(mmalign.skeleton(recipe.pretrained_model_name_or_path), recipe, 4, torch.float32)
+    network = mmalign.load(recipe.pretrained_model_name_or_path).network
+    layers_of.add_layers(network, 3, recipe.user_tokens)
+    assert counted == sum(p.numel() for name, p in layers_of.layers(network).items() if ".user." in name)
+    assert kept > 0
