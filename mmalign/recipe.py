@@ -89,6 +89,9 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
     values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     try:
         required = [field.name for field in dataclasses.fields(flags) if field.default is dataclasses.MISSING]
+        if missing := [name for name in required if not any(_is_flag(word, f"objective.{name}") for word in argv)]:
+            flag = f"--objective.{missing[0]}".replace("_", "-")
+            raise UserError(f"{prog}: {kind.__name__} needs {flag}; another method's value is not carried over.")
         default = typed(**{**values, "objective": flags(**dict.fromkeys(required, tyro.MISSING))})
         flagged = parsed(typed, argv, prog=prog, default=default)
         given = {field.name: getattr(flagged.objective, field.name) for field in dataclasses.fields(flags)}
@@ -97,6 +100,10 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
         raise UserError(f"{prog}: {error}.") from error
     values = {field.name: getattr(flagged, field.name) for field in dataclasses.fields(run)}
     return type(run)(**{**values, "objective": objective})
+
+
+def _is_flag(word: str, name: str) -> bool:
+    return word.partition("=")[0].replace("_", "-") == f"--{name}".replace("_", "-") or word in ("-h", "--help")
 
 
 def _flags_of(kind: type, own: Any | None) -> type:

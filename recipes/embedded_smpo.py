@@ -23,5 +23,5 @@ def recipe() -> Run:
         output_dir="embedded-smpo",
         objective=SmPO(beta=20_000, gain=10.0, draw=ReNoise(steps=5, low=0.5)),
         # Lowest and highest score of embedded-hps among candidates for development prompts
-        score_scale=(6.0, 11.0),
+        score_scale=(4.2, 13.6),
     )

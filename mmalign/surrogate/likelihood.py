@@ -45,6 +45,11 @@ class Feedback:
         win, lose = torch.nonzero(same & better, as_tuple=True)
         return win, lose
 
+    @property
+    def labels_only(self) -> bool:
+        """True where every score is 0 or 1: somebody's choice, not a scorer's numbers."""
+        return bool(torch.isin(self.score, torch.tensor([0.0, 1.0]).to(self.score)).all())
+
     def check_pairs(self) -> None:
         """Raises ValueError where there is nothing to compare, or a score is NaN."""
         if not torch.isfinite(self.score).all():
@@ -55,7 +60,7 @@ class Feedback:
     def check_scores(self) -> None:
         """Raises ValueError also where there are labels instead of scores, or a list of one."""
         self.check_pairs()
-        if torch.isin(self.score, torch.tensor([0.0, 1.0]).to(self.score)).all():
+        if self.labels_only:
             raise ValueError("the scores are only labels, 0 and 1; it needs a scorer's scores: score the data first")
         if (torch.unique(self.group, return_counts=True)[1] < 2).any():
             raise ValueError("a list has one sample; each needs two or more to be ranked")

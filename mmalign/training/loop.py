@@ -58,7 +58,7 @@ def train(
     if comparisons is None:
         comparisons = _read(run, say)
     if modality is None:
-        modality = _load(run, accelerator, say)
+        modality = _load(run, accelerator, len(comparisons[0].media), say)
     views = prepare_policy(modality, run)
     learner = Learner(run, modality, accelerator)
     progress = learner.resume(resume, say)
@@ -278,8 +278,13 @@ def _write_result(run: Run, modality: Any, log: Log, comparisons_count: int) -> 
 
 def _check_first(run: Run, step: Step, batches: Batches) -> None:
     """Asks the objective once whether it can work with this path and feedback, and for every user's embedding."""
+    items = batches.batch(0)
     try:
-        run.objective.check(step.modality.path, feedback_of(batches.batch(0), run.score_scale))
+        if run.score_scale and feedback_of(items).labels_only:  # scaled, they would look like a scorer's numbers
+            raise ValueError(
+                "score_scale is set, but the scores are labels, 0 and 1: score the data first, or unset it"
+            )
+        run.objective.check(step.modality.path, feedback_of(items, run.score_scale))
     except ValueError as error:
         raise UserError(f"{type(run.objective).__name__} cannot be trained on {run.dataset_name}: {error}.") from error
     # A table's rows are read one by one with their pictures: there a missing user is met when its turn comes
@@ -296,9 +301,9 @@ def _read(run: Run, say: Callable[[str], None]) -> Sequence[Comparison]:
     return data.comparisons
 
 
-def _load(run: Run, accelerator: Any, say: Callable[[str], None]) -> Any:
+def _load(run: Run, accelerator: Any, members: int, say: Callable[[str], None]) -> Any:
     dtype = _dtype(run, accelerator)
-    say(plan(run, dtype).text())
+    say(plan(run, dtype, members=members).text())
     return mmalign.load(
         run.pretrained_model_name_or_path,
         lora=run.lora,

@@ -40,13 +40,14 @@ class Plan:
         return "\n".join([*lines, *self.advice])
 
 
-def plan(run: Run, dtype: torch.dtype, skeleton: Any = None) -> Plan:
+def plan(run: Run, dtype: torch.dtype, skeleton: Any = None, members: int = 2) -> Plan:
     """What a process of this run will hold at its peak, above the empty process.
 
     Args:
         run: the recipe.
         dtype: of the frozen weights.
         skeleton: the model as shapes without memory; default `mmalign.skeleton` of the recipe's model.
+        members: samples of a comparison: 2 for pairs, more for ranked lists.
     """
     skeleton = skeleton or mmalign.skeleton(run.pretrained_model_name_or_path)
     size = torch.empty((), dtype=dtype).element_size()
@@ -55,7 +56,7 @@ def plan(run: Run, dtype: torch.dtype, skeleton: Any = None) -> Plan:
     frozen = sum(count * (vae_size if name == "vae" else size) for name, count in counts.items() if name != "network")
     states = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}[run.optimizer]
     copies = 1 if run.use_lora or "reference" not in run.objective.needs else 2
-    samples = run.rows_at_once if run.backward == "two-pass" else 2 * run.train_batch_size
+    samples = run.rows_at_once if run.backward == "two-pass" else members * run.train_batch_size
     trained, activations = measured(skeleton, run, samples, dtype)
     saved = {
         "network": counts["network"] * size * copies,
