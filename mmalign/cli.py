@@ -181,15 +181,33 @@ FLAGS: dict[str, Callable[..., None]] = {
 OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "recipes": recipes, "user": user}
 
 
+def flags_of(function: Any, **options: Any) -> set[str]:
+    """Every flag that tyro would read for `function`, such as "--seed" and "-h".
+
+    Read off the shell completion that tyro writes: the one list of them that it gives out.
+    """
+    import ast
+    import contextlib
+    import io
+    import re
+
+    import tyro
+
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(function, args=["--tyro-print-completion", "bash"], prog="mmalign", **options)
+    return {flag for names in re.findall(r"'flags': (\[.*?\])", script.getvalue()) for flag in ast.literal_eval(names)}
+
+
 def parsed(function: Any, argv: Sequence[str], *, prog: str, **options: Any) -> Any:
     """Calls `function` with what tyro reads from `argv`; an unknown flag is one sentence with the nearest name."""
     import difflib
 
     import tyro
 
-    known = {name for action in tyro.extras.get_parser(function, **options)._actions for name in action.option_strings}
     given = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--") and len(word) > 2]
-    for flag in given:
+    known = flags_of(function, **options) if given else set()
+    for flag in given if known else ():  # nothing found: another tyro, which then reports it in its own words
         if flag not in {name.replace("_", "-") for name in known}:
             near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.4)
             raise UserError(f"{flag} is no flag of {prog}" + (f"; did you mean {near[0]}?" if near else "."))

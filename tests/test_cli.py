@@ -73,6 +73,23 @@ def test_unknown_flag_names_the_nearest(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_flags_are_those_of_the_signature():
+    import inspect
+
+    import tyro
+
+    from mmalign.cli import FLAGS, flags_of
+
+    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
+    for name, function in FLAGS.items():
+        fields = inspect.signature(function).parameters.values()
+        expected = {"--" + field.name.replace("_", "-") for field in fields if field.default is not field.empty}
+        found = flags_of(function, config=config)
+        assert expected | {"--help"} <= found, name
+        assert {flag for flag in found if not flag.startswith("--no-")} <= expected | {"-h", "--help"}, name
+
+
 def test_missing_folders_and_unknown_names(recipe, tmp_path, capsys):
     assert "no such folder" in refused(capsys, "train", recipe, "--pretrained-model-name-or-path", tmp_path / "nothing")
     assert str(tmp_path / "nodata") in refused(capsys, "train", recipe, "--dataset-name", tmp_path / "nodata")
