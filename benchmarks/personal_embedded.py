@@ -160,6 +160,7 @@ def judge(modality, world: World, prompts: list[str], people) -> dict:
             "user": person.name,
             "group": person.group,
             "over_base": wins(person.score(base), mine).tolist(),
+            "change": (mine - person.score(base)).tolist(),
             "over_others": [wins(person.score(own[o]), mine).tolist() for o in others.values()],
             "text": wins(text, clip.score(own[person], prompts).numpy()).tolist(),
         })  # fmt: skip
@@ -167,7 +168,7 @@ def judge(modality, world: World, prompts: list[str], people) -> dict:
 
 
 def zero_is_base(modality, world: World, pictures) -> bool:
-    """Whether the trained network gives, bit for bit, the same for nobody as for a zero embedding; and not for a user."""
+    """Whether the trained network gives the same for nobody as for a zero embedding, bit for bit; and not for a user."""
     items = [Comparison(f"zero-{i}", "a red car", (picture,), (1,)) for i, picture in enumerate(pictures[:8])]
     encoded = modality.encode(items)
     t, noise = torch.arange(8) * 125, torch.randn(encoded.x0.shape, generator=torch.Generator().manual_seed(0))
@@ -252,7 +253,8 @@ def figures(record) -> dict[str, tuple[list[float], list[str]]]:
     """Measure -> values and the clusters that intervals draw whole: users, or pairs of users."""
     rows = record["rows"]
     found: dict[str, tuple[list[float], list[str]]] = {}
-    for name, about in (("over_base", "over the base"), ("over_others", "over other groups' users"), ("text", "text")):
+    for name, about in (("over_base", "over the base"), ("over_others", "over other groups' users"),
+                        ("change", "change of the user's score"), ("text", "text alignment over the base")):  # fmt: skip
         for group in (None, *GROUPS) if name != "text" else (None,):
             chosen = [row for row in rows if group in (None, row["group"])]
             values = [np.ravel(row[name]).tolist() for row in chosen]
@@ -276,10 +278,12 @@ def table(arguments, run) -> None:
         values = [value for found in by_seed.values() for value in found[name][0]]
         clusters = [f"{seed}-{c}" for seed, found in by_seed.items() for c in found[name][1]]
         low, high = bootstrap_interval(np.array(values), clusters=clusters)
+        if min(values) == max(values) == 1:  # resampling cannot show the doubt: Clopper and Pearson's bound
+            low = 0.025 ** (1 / len(set(clusters)))
         means = {seed: float(np.mean(found[name][0])) for seed, found in by_seed.items()}
         kept[name] = {"seeds": means, "mean": float(np.mean(values)), "n": len(values), "interval": [low, high],
                       "clusters": len(set(clusters))}  # fmt: skip
-        shown = (lambda v: f"{v:.2f}") if "Spearman" in name else (lambda v: f"{v:.1%}")
+        shown = (lambda v: f"{v:.2f}") if "Spearman" in name or "change" in name else (lambda v: f"{v:.1%}")
         seeds = " | ".join(shown(value) for value in means.values())
         lines.append(f"| {name} | {seeds} | {shown(np.mean(values))} | {len(values)} | {shown(low)} to {shown(high)} |")
     any_record = next(iter(records.values()))
