@@ -168,7 +168,7 @@ def judge(modality, world: World, prompts: list[str], people) -> dict:
 
 
 def zero_is_base(modality, world: World, pictures) -> bool:
-    """Whether the trained network gives the same for nobody as for a zero embedding, bit for bit; and not for a user."""
+    """Whether the trained network gives nobody and a zero embedding the same, bit for bit, and a user another."""
     items = [Comparison(f"zero-{i}", "a red car", (picture,), (1,)) for i, picture in enumerate(pictures[:8])]
     encoded = modality.encode(items)
     t, noise = torch.arange(8) * 125, torch.randn(encoded.x0.shape, generator=torch.Generator().manual_seed(0))
@@ -253,8 +253,13 @@ def figures(record) -> dict[str, tuple[list[float], list[str]]]:
     """Measure -> values and the clusters that intervals draw whole: users, or pairs of users."""
     rows = record["rows"]
     found: dict[str, tuple[list[float], list[str]]] = {}
-    for name, about in (("over_base", "over the base"), ("over_others", "over other groups' users"),
-                        ("change", "change of the user's score"), ("text", "text alignment over the base")):  # fmt: skip
+    measures = {
+        "over_base": "over the base",
+        "over_others": "over other groups' users",
+        "change": "change of the user's score",
+        "text": "text alignment over the base",
+    }
+    for name, about in measures.items():
         for group in (None, *GROUPS) if name != "text" else (None,):
             chosen = [row for row in rows if group in (None, row["group"])]
             values = [np.ravel(row[name]).tolist() for row in chosen]
@@ -280,6 +285,7 @@ def table(arguments, run) -> None:
         low, high = bootstrap_interval(np.array(values), clusters=clusters)
         if min(values) == max(values) == 1:  # resampling cannot show the doubt: Clopper and Pearson's bound
             low = 0.025 ** (1 / len(set(clusters)))
+            low = 2 * low - 1 if "Spearman" in name else low  # the rest could be as low as -1
         means = {seed: float(np.mean(found[name][0])) for seed, found in by_seed.items()}
         kept[name] = {"seeds": means, "mean": float(np.mean(values)), "n": len(values), "interval": [low, high],
                       "clusters": len(set(clusters))}  # fmt: skip
