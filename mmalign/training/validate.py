@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import mmalign
 from mmalign import storage
+from mmalign.data.users import read_users
 from mmalign.evaluation.report import grid
 from mmalign.records import Text
 from mmalign.training.run import Run
@@ -26,12 +28,17 @@ class Validation:
         self.run, self.modality, self.views = run, modality, views
         self.scorers = {name: mmalign.load_scorer(name) for name in run.validation_scorers}
         self.base: list[Any] = []
+        self.whose: torch.Tensor | None = None
+        if run.users:  # the policy's pictures are for one user after the other
+            users, count = read_users(run.users).vectors, len(run.validation_prompts)
+            self.whose = torch.stack([users[name] for name in islice(cycle(sorted(users)), count)])
         self.base_scores: dict[str, torch.Tensor] = {}
 
     def _generate(self, view: str) -> list[Any]:
         prompts = list(self.run.validation_prompts)
+        told = {"user": self.whose} if self.whose is not None and view == "policy" else {}
         with torch.no_grad(), self.views(view):
-            return self.modality.generate(prompts, seeds=range(len(prompts)))
+            return self.modality.generate(prompts, seeds=range(len(prompts)), **told)
 
     def __call__(self, step: int) -> dict[str, float]:
         """Writes `validation/step-N.png`, for text answers `step-N.json`; returns the scores."""
