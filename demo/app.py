@@ -27,6 +27,7 @@ STYLE = """
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain }
 .scores table { width: 100% }
 .scores :is(table, thead, tbody, tr, th, td) { border: 0 !important }
+.scores td { font-variant-numeric: tabular-nums }
 .scores :is(th, td) { border-bottom: 1px solid var(--border-color-primary) !important }
 """
 LOOK = {
@@ -51,6 +52,7 @@ class Compare:
         self.views = WeightViews(self.modality)
         self.aligned = lora is not None
         cards = [card for card in list_scorers() if card.judges == "image" and "hub" not in card.weights]
+        self.about = {card.name: card.about for card in cards}
         self.scorers = {card.name: mmalign.load_scorer(card.folder) for card in cards}
 
     def __call__(self, prompt: str, seed: float, steps: float, guidance: float) -> tuple[Any, Any, str, str]:
@@ -88,6 +90,11 @@ def check(prompt: str, seed: float, steps: float, guidance: float) -> tuple[str,
     return prompt, int(seed), int(steps)
 
 
+def refuse(prompt: str, seed: float, steps: float, guidance: float) -> None:
+    """Shows what `check` finds wrong, and nothing else."""
+    check(prompt, seed, steps, guidance)
+
+
 def new_seed() -> int:
     """Any seed."""
     return random.randint(0, MAX_SEED)
@@ -98,7 +105,8 @@ def table(scores: dict[str, list[float]], side: int) -> str:
     rows = ["| scorer | score |", "|:--|--:|"]
     for name, values in scores.items():
         best = len(values) > 1 and values[side] > values[1 - side]
-        rows.append(f"| {name} | **{values[side]:.4g}** ▲ |" if best else f"| {name} | {values[side]:.4g} |")
+        shown = f"{values[side]:#.5g}"  # enough digits that two sides do not look alike when one is better
+        rows.append(f"| {name} | **{shown}** ▲ |" if best else f"| {name} | {shown} |")
     return "\n".join(rows)
 
 
@@ -137,13 +145,19 @@ def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.
                         )
                     )
                     scores.append(gr.Markdown(elem_classes="scores"))
+        with gr.Accordion("What the scorers judge", open=False):
+            lines = [f"- **{name}**: {about}" for name, about in compare.about.items()]
+            gr.Markdown("\n".join([*lines, "", "▲ marks the side that a scorer likes better."]))
         if examples:
             gr.Examples([[example] for example in examples], [prompt], label="Prompts the model was never trained on")
         inputs, outputs = [prompt, seed, steps, guidance], [*pictures, *scores]
-        go.click(compare, inputs, outputs, api_name="compare")
         rolled = dice.click(new_seed, None, seed, api_visibility="private")
-        for event in (prompt.submit, seed.submit, rolled.then):
-            event(compare, inputs, outputs, api_visibility="private")
+        # What is wrong is said first, by an event without outputs: a failed one would cover its pictures with "Error"
+        checks = [event(refuse, inputs, None, api_visibility="private") for event in (go.click, prompt.submit)]
+        checks += [event(refuse, inputs, None, api_visibility="private") for event in (seed.submit, rolled.then)]
+        for number, checked in enumerate(checks):
+            named = {"api_visibility": "private"} if number else {"api_name": "compare"}
+            checked.success(compare, inputs, outputs, **named)
     return page.queue(max_size=16, default_concurrency_limit=1)
 
 

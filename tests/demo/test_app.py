@@ -50,6 +50,12 @@ def test_base_and_aligned_differ_only_by_the_adapter(tiny_sdxl, lora, one_scorer
     assert pixels(compare("a red fox", 3, 2, 2.0)[0]) == pixels(base)
 
 
+def test_scores_that_differ_look_different():
+    scores = {"one": [10.396, 10.402]}
+    assert "10.396" in app.table(scores, 0)
+    assert "**10.402** ▲" in app.table(scores, 1)
+
+
 def test_without_a_lora_the_page_says_so(tiny_sdxl, one_scorer):
     base, aligned, base_scores, note = app.Compare(tiny_sdxl)("a red fox", 3, 2, 2.0)
     assert base is not None
