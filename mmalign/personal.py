@@ -94,7 +94,7 @@ def load_encoder(name: str, layers: Sequence[str], layer: int | None, pooling: L
 
     if not any((folder / "card.yaml").is_file() for folder in (Path(name), mmalign.bundled("scorers") / name)):
         return load_language_taste(name, layer, pooling)
-    scorer = mmalign.load_scorer(name)
+    scorer: Any = mmalign.load_scorer(name)
     if not hasattr(scorer, "features"):
         raise UserError(f"{name}: is no CLIP scorer, so it cannot look at pairs; embedded-clip can.")
     taste = PictureTaste(scorer, name, tuple(layers) or PictureTaste.layers)

@@ -145,7 +145,7 @@ def _make_tokens(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         given = kwargs.get(name) or {}
         if ARGUMENT in given:
             user = given[ARGUMENT]
-            sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+            sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
             if len(sample) == 2 * len(user):
                 user = torch.cat([torch.zeros_like(user), user])
             rest = {key: value for key, value in given.items() if key != ARGUMENT}
