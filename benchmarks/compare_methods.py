@@ -6,9 +6,11 @@
 
 A seed has its own 320 prompts with four candidates each, scored by embedded-hps. Pair methods get the best and the
 worst of a prompt, RankDPO all four as a list; a step is 32 samples for each method, 60 steps. InPO and SmPO ask the
-network more often, without gradient, to invert; the table shows it. `develop` judges on 120 development prompts,
-`test` on the 320 test prompts that no earlier benchmark looked at, one picture each, and 100 of them once more for the
-diversity. Training, development and test prompts share no combination of object and ground.
+network more often, without gradient, to invert; the table shows it. PPD has one user here, whose taste is the scorer's
+(several are in personal_embedded.py): embedded from four of the pairs, it trains user layers instead of a LoRA.
+`develop` judges on 120 development prompts, `test` on the 320 test prompts that no earlier benchmark looked at, one
+picture each, and 100 of them once more for the diversity. Training, development and test prompts share no combination
+of object and ground.
 """
 
 import argparse
@@ -19,15 +21,20 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from align_embedded import SCORERS, rows, trained
 
 import mmalign
 from mmalign.commands import quiet_libraries
+from mmalign.data.importers import read_comparisons, write_comparisons
 from mmalign.data.label import best_worst, ranked
+from mmalign.data.users import Users, write_users
 from mmalign.embedded import prompts as embedded_prompts
 from mmalign.evaluation.compare import Result, pool, score_sides
 from mmalign.evaluation.metrics import bootstrap_interval, colourfulness, wins
+from mmalign.modalities.taste import embed
 from mmalign.objectives import SFT
+from mmalign.personal import load_encoder
 from mmalign.quickstart import ALIGNMENT_SCORER, HELD_OUT_SCORER, TRAINING_SCORER, Size, spread
 from mmalign.recipe import load_recipe
 from mmalign.storage import read_json, write_json
@@ -41,6 +48,7 @@ METHODS = {
     "SmPO": "embedded_smpo",
     "InPO": "embedded_inpo",
     "RankDPO": "embedded_rankdpo",
+    "PPD": "embedded_ppd",
     "SFT": "embedded_diffusion_dpo",
 }
 FEATURES = {TRAINING_SCORER: "training scorer", HELD_OUT_SCORER: "held out", ALIGNMENT_SCORER: "text"}
@@ -50,11 +58,24 @@ SIZE = Size()
 def recipe(method: str):
     """The method's run; SFT takes Diffusion-DPO's with the same draw."""
     run = load_recipe(METHODS[method])
-    return replace(run, objective=SFT(draw=FreshNoise(low=0.5))) if method == "SFT" else run
+    if method == "SFT":
+        run = replace(run, objective=SFT(draw=FreshNoise(low=0.5)))
+    # PPD's own recipe trains longer, for many users
+    return replace(run, max_train_steps=60, checkpointing_steps=60)
 
 
-def feedback(seed: int) -> tuple[list, list, list[float]]:
-    """Pairs, ranked lists and all scores of one seed's candidates."""
+def feedback(seed: int, folder: Path) -> tuple[list, list]:
+    """Pairs and ranked lists of one seed's candidates; made once, and read again from `folder` afterwards."""
+    files = [folder / f"pairs-{seed}", folder / f"lists-{seed}"]
+    if not all(file.exists() for file in files):
+        for file, made in zip(files, candidates(seed), strict=True):
+            write_comparisons(file, made)
+    pairs, lists = (list(read_comparisons(file).comparisons) for file in files)
+    return pairs, lists
+
+
+def candidates(seed: int) -> tuple[list, list]:
+    """Pairs and ranked lists, anew."""
     prompts = spread(embedded_prompts("pairs"), SIZE.pair_prompts, seed)
     k = SIZE.candidates
     flat = [prompt for prompt in prompts for _ in range(k)]
@@ -69,7 +90,18 @@ def feedback(seed: int) -> tuple[list, list, list[float]]:
     pairs, _ = best_worst(prompts, media, scored, sources=sources, drop_fraction=SIZE.drop_fraction)
     kept = {pair.prompt for pair in pairs}
     lists, _ = ranked(prompts, media, [scored], sources=sources)
-    return pairs, [row for row in lists if row.prompt in kept], scores
+    print(f"seed {seed}: {len(pairs)} pairs, scores {min(scores):.3f} to {max(scores):.3f}", flush=True)
+    return pairs, [row for row in lists if row.prompt in kept]
+
+
+def everybody(pairs: list, folder: Path) -> tuple[list, Path, torch.Tensor]:
+    """The pairs as one user's, and that user's embedding from the first four, on the disk and as it is."""
+    taste = load_encoder("embedded-clip", (), None, "mean")
+    own = [replace(pair, user="everybody") for pair in pairs]
+    vector = embed(own[:4], taste)
+    file = folder / "everybody.safetensors"
+    write_users(file, Users({"everybody": vector}, taste.facts))
+    return own, file, vector
 
 
 class Judge:
@@ -90,10 +122,11 @@ class Judge:
         found = self.scorers[ALIGNMENT_SCORER].features(pictures, ())[0].double().numpy()
         return found, 1 - (found[: self.twice] * found[self.count :]).sum(1)
 
-    def __call__(self, modality) -> tuple[Result, dict]:
+    def __call__(self, modality, user: torch.Tensor | None = None) -> tuple[Result, dict]:
         """Scores of both sides, and per-picture distance from the base, diversity and colourfulness."""
+        told = {} if user is None else {"user": user.repeat(len(self.prompts), 1)}
         with WeightViews(modality)("policy"):
-            pictures = modality.generate(self.prompts, **self.settings)
+            pictures = modality.generate(self.prompts, **self.settings, **told)
         n = self.count
         result = score_sides(self.prompts[:n], self.base[:n], pictures[:n], self.scorers)
         embeddings, diversity = self.look(pictures)
@@ -113,8 +146,7 @@ class Judge:
 
 def develop(arguments) -> None:
     """Recipes as they stand, or with fields changed, on development prompts."""
-    pairs, lists, scores = feedback(seed=1000)
-    print(f"{len(pairs)} pairs, {len(lists)} lists, scores {min(scores):.3f} to {max(scores):.3f}", flush=True)
+    pairs, lists = feedback(1000, arguments.output)
     judge = Judge(spread(embedded_prompts("development"), 120, seed=0), twice=20)
     for method in arguments.methods:
         run = recipe(method)
@@ -147,13 +179,16 @@ def test(arguments) -> None:
     unseen = [prompt for prompt in spread(embedded_prompts("test"), 720, seed=0) if prompt not in seen]
     judge = Judge(unseen, twice=100)
     for seed in arguments.seeds:
-        pairs, lists, _ = feedback(seed)
+        pairs, lists = feedback(seed, arguments.output)
         for method in arguments.methods:
-            run, data = replace(recipe(method), seed=seed), lists if method == "RankDPO" else pairs
+            run, data, user = replace(recipe(method), seed=seed), lists if method == "RankDPO" else pairs, None
+            if method == "PPD":
+                data, file, user = everybody(pairs, arguments.output)
+                run = replace(run, users=str(file))
             modality, seconds = trained(run, data, arguments.output / f"run-{method}-{seed}")
-            result, more = judge(modality)
+            result, more = judge(modality, user)
             record = {
-                "run": {k: v for k, v in run.resolved().items() if k != "pretrained_model_name_or_path"},
+                "run": {k: v for k, v in run.resolved().items() if k not in ("pretrained_model_name_or_path", "users")},
                 "data": len(data),
                 "seconds": seconds,
                 "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -21,6 +21,8 @@ def recipe() -> Run:
     return replace(
         load_recipe("embedded_diffusion_dpo"),
         output_dir="embedded-mapo",
-        # A larger T, as the embedded model's errors differ little within a pair
-        objective=MaPO(T=40_000.0, draw=FreshNoise(low=0.5)),
+        # The released code's three constants
+        objective=MaPO(beta=0.1, snr=0.5, T=1000.0, draw=FreshNoise(low=0.5)),
+        # An eighth of Diffusion-DPO's: without a reference nothing holds the model back, and faster it loses the text
+        learning_rate=2.5e-5,
     )

@@ -21,7 +21,8 @@ def recipe() -> Run:
     return replace(
         load_recipe("embedded_diffusion_dpo"),
         output_dir="embedded-smpo",
-        objective=SmPO(beta=20_000, gain=10.0, draw=ReNoise(steps=5, low=0.5)),
+        objective=SmPO(beta=20_000, gain=10.0, draw=ReNoise(steps=5, low=0.75)),
+        learning_rate=1e-4,
         # Lowest and highest score of embedded-hps among candidates for development prompts
         score_scale=(4.2, 13.6),
     )
