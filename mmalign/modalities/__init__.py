@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, dtype, nn
+from torch import Tensor, device, dtype, nn
 
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate.likelihood import Cond
@@ -78,6 +78,23 @@ class Encoded:
 
         entries = {name: longer(value) for name, value in self.cond.items()}
         return Encoded(longer(self.x0), None, Cond(entries, self.cond.policy_only))
+
+
+class Holder:
+    """What every modality does with its network, whatever was wrapped around it."""
+
+    network: nn.Module
+
+    @property
+    def unwrapped(self) -> Any:
+        """The network without what accelerate or compile wrapped around it."""
+        network = getattr(self.network, "module", self.network)
+        return getattr(network, "_orig_mod", network)
+
+    @property
+    def device(self) -> device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
 
 class Modality(Protocol):

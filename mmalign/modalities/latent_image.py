@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.modalities import Encoded
+from mmalign.modalities import Encoded, Holder
 from mmalign.modalities.user import add_layers, arguments, has_layers, layers, save_layers
 from mmalign.records import Comparison, UserError, open_image
 from mmalign.surrogate.likelihood import Cond
@@ -28,7 +28,7 @@ from mmalign.surrogate.probes import at_least_float32
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-class LatentImageModality:
+class LatentImageModality(Holder):
     """A diffusers pipeline with an AutoencoderKL as the trainer sees it; the base of the families.
 
     Attributes:
@@ -50,17 +50,6 @@ class LatentImageModality:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-
-    @property
-    def unwrapped(self) -> Any:
-        """The network without what accelerate or compile wrapped around it."""
-        network = getattr(self.network, "module", self.network)
-        return getattr(network, "_orig_mod", network)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
 
     def lora_targets(self) -> list[str]:
         """Module names that a LoRA trains by default."""

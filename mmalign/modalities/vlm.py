@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.modalities import Encoded, Skeleton
+from mmalign.modalities import Encoded, Holder, Skeleton
 from mmalign.modalities.adapter_files import load_adapter, save_adapter
 from mmalign.records import Comparison, Text, UserError, open_image
 from mmalign.surrogate.draws import generator
@@ -89,7 +89,7 @@ def text_projections(model: Any) -> list[str]:
     return list(PROJECTIONS) if len(inside) == len(named) else inside
 
 
-class VLMModality:
+class VLMModality(Holder):
     """A vision-language model as the trainer sees it.
 
     A Comparison's `prompt` is the user's turn, its `condition` the pictures shown before it, its media K `Text`
@@ -110,17 +110,6 @@ class VLMModality:
         ends = end if isinstance(end, list) else [end]
         self.ends = {token for token in (*ends, processor.tokenizer.eos_token_id) if token is not None}
         self._end_of_turn = self._find_end_of_turn()
-
-    @property
-    def unwrapped(self) -> Any:
-        """The network without what accelerate or compile wrapped around it."""
-        network = getattr(self.network, "module", self.network)
-        return getattr(network, "_orig_mod", network)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
 
     @property
     def resolution(self) -> int:
