@@ -2,6 +2,7 @@
 
     python benchmarks/compare_methods.py develop --output DIR --methods MaPO InPO [--set objective.T=4000 ...]
     python benchmarks/compare_methods.py test --output DIR --seeds 0 1 2     # seeds can be shared out to processes
+    python benchmarks/compare_methods.py memory --output DIR                 # after test: it takes seed 0's pairs
     python benchmarks/compare_methods.py table --output DIR                  # methods.md, methods.json, methods.png
 
 A seed has its own 320 prompts with four candidates each, scored by embedded-hps. Pair methods get the best and the
@@ -16,7 +17,10 @@ of object and ground.
 import argparse
 import json
 import resource
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
@@ -191,13 +195,33 @@ def test(arguments) -> None:
                 "run": {k: v for k, v in run.resolved().items() if k not in ("pretrained_model_name_or_path", "users")},
                 "data": len(data),
                 "seconds": seconds,
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                 "versions": versions(),
                 **more,
                 **json.loads(result.to_json()),
             }
             write_json(arguments.output / f"{method}-{seed}.json", record)
             print("\n".join(rows(f"{method}, seed {seed}", result, more["colourfulness_win"])), flush=True)
+
+
+def memory(arguments) -> None:
+    """Peak memory of three steps of each method, each in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as workers:
+        peaks = dict(
+            zip(arguments.methods, workers.map(peak, arguments.methods, repeat(arguments.output)), strict=True)
+        )
+    print(peaks)
+    write_json(arguments.output / "memory.json", peaks)
+
+
+def peak(method: str, folder: Path) -> float:
+    """GiB that a process held at most; pairs and lists must have been made."""
+    pairs, lists = feedback(0, folder)
+    run, data = recipe(method), lists if method == "RankDPO" else pairs
+    if method == "PPD":
+        data, file, _ = everybody(pairs, folder)
+        run = replace(run, users=str(file))
+    trained(replace(run, max_train_steps=3, checkpointing_steps=3), data, folder / "memory")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _result(record) -> Result:
@@ -218,9 +242,10 @@ def table(arguments) -> None:
     pooled = {method: pool([_result(record) for record in several]) for method, several in records.items()}
     lines = [
         "| method | seed | n | training scorer | held out | change of text alignment | distance from base | diversity /"
-        " base's | network calls a step | train s |",
-        "| --- " * 10 + "|",
+        " base's | network calls a step | train s | peak GiB |",
+        "| --- " * 11 + "|",
     ]
+    peaks = read_json(arguments.output / "memory.json")
     figures = {"versions": next(iter(records.values()))[0]["versions"], "methods": {}}
     for method, several in records.items():
         singles = [(str(record["run"]["seed"]), _result(record), [record]) for record in several]
@@ -236,14 +261,13 @@ def table(arguments) -> None:
                 f"| {method} | {seed} | {hps.n} | {hps.win_rate:.1%} ({hps.win_low:.1%} to {hps.win_high:.1%}) |"
                 f" {held.win_rate:.1%} ({held.win_low:.1%} to {held.win_high:.1%}) |"
                 f" {text.change_low:+.3f} to {text.change_high:+.3f} | {interval(distance, result.prompts)} |"
-                f" {ratio:.3f} | {views + steps} | {np.mean([record['seconds'] for record in own]):.0f} |"
+                f" {ratio:.3f} | {views + steps} | {np.mean([record['seconds'] for record in own]):.0f} | {peaks[method]:.2f} |"
             )
             figures["methods"].setdefault(method, {"run": own[0]["run"]})[seed.strip("*")] = {
                 "rows": [row._asdict() for row in result.rows()],
                 "distance": float(np.mean(distance)),
                 "diversity_ratio": float(ratio),
                 "seconds": [record["seconds"] for record in own],
-                "peak_gib": [record["peak_gib"] for record in own],
                 "colourfulness_win": float(np.mean([record["colourfulness_win"] for record in own])),
             }
     print("\n".join(lines))
@@ -284,7 +308,7 @@ def plot(pooled, records, file: Path) -> None:
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["develop", "test", "table"])
+    parser.add_argument("stage", choices=["develop", "test", "memory", "table"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -293,7 +317,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    {"develop": develop, "test": test, "table": table}[arguments.stage](arguments)
+    {"develop": develop, "test": test, "memory": memory, "table": table}[arguments.stage](arguments)
 
 
 if __name__ == "__main__":

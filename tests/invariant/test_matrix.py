@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mmalign
-from mmalign.objectives import DiffusionDPO, InPO, MaPO, RankDPO, SmPO
+from mmalign.data.users import Users, write_users
+from mmalign.objectives import PPD, DiffusionDPO, InPO, MaPO, RankDPO, SmPO
 from mmalign.records import Comparison
 from mmalign.surrogate import DDIMInversion, ReNoise, evaluate
 from mmalign.training.loop import train
@@ -22,6 +23,7 @@ METHODS = {
     "SmPO": SmPO(beta=500, draw=ReNoise(steps=2)),
     "InPO": InPO(beta=500, draw=DDIMInversion(steps=3, eta=0.1)),
     "RankDPO": RankDPO(beta=500),
+    "PPD": PPD(beta=500),
 }
 MODELS = {"epsilon": "tiny_sdxl", "v_prediction": "tiny_sd15", "flow": "tiny_sd3"}
 quiet = {"say": lambda line: None}
@@ -35,6 +37,7 @@ def lists(k=3):
             prompt=["a red fox", "red"][i % 2],
             media=tuple(picture(k * i + j, size=(16, 16)) for j in range(k)),
             score=tuple((j + i) % k / (k - 0.5) for j in range(k)),
+            user=f"user-{i % 2}",
         )
         for i in range(4)
     ]
@@ -55,12 +58,26 @@ def recipe(tmp_path):
     )
 
 
+@pytest.fixture
+def told(recipe, tmp_path):
+    """(method, changes) -> its run; PPD's knows two users, and trains their layers."""
+    write_users(tmp_path / "users.safetensors", Users({"user-0": torch.tensor([1.0, -1]), "user-1": torch.ones(2)}, {}))
+
+    def make(method, **changes):
+        users = {"users": str(tmp_path / "users.safetensors"), "user_dropout": 0.0} if method == "PPD" else {}
+        return replace(recipe, objective=METHODS[method], **users, **changes)
+
+    return make
+
+
 @pytest.mark.parametrize("use_lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_margin_on_the_fixed_draw_rises(method, model, use_lora, recipe, request):
+def test_the_margin_on_the_fixed_draw_rises(method, model, use_lora, told, request):
+    if method == "PPD" and not use_lora:
+        pytest.skip("PPD trains user layers, neither a LoRA nor the whole network")
     modality = mmalign.load(request.getfixturevalue(MODELS[model]), dtype=torch.float32)
-    run = replace(recipe, objective=METHODS[method], use_lora=use_lora, learning_rate=2e-3 if use_lora else 2e-4)
+    run = told(method, use_lora=use_lora, learning_rate=2e-3 if use_lora else 2e-4)
     views, items = prepare_policy(modality, run), lists()
     optimizer, _ = make_optimizer(run, [p for p in modality.network.parameters() if p.requires_grad])
     step = Step(run, modality, views, make_accelerator(run))
@@ -82,10 +99,10 @@ def test_the_margin_on_the_fixed_draw_rises(method, model, use_lora, recipe, req
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_pass_equals_plain_and_a_resumed_run_an_uninterrupted_one(method, recipe, request, tmp_path):
+def test_two_pass_equals_plain_and_a_resumed_run_an_uninterrupted_one(method, told, request, tmp_path):
     def curve(name, **changes):
         modality = mmalign.load(request.getfixturevalue("tiny_sdxl"), dtype=torch.float64)
-        run = replace(recipe, objective=METHODS[method], output_dir=str(tmp_path / name), **changes)
+        run = told(method, output_dir=str(tmp_path / name), **changes)
         output = train(run, modality=modality, comparisons=lists(8), **quiet)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return [(row["loss"], row["grad_norm"]) for row in rows]
