@@ -261,7 +261,8 @@ def table(arguments) -> None:
                 f"| {method} | {seed} | {hps.n} | {hps.win_rate:.1%} ({hps.win_low:.1%} to {hps.win_high:.1%}) |"
                 f" {held.win_rate:.1%} ({held.win_low:.1%} to {held.win_high:.1%}) |"
                 f" {text.change_low:+.3f} to {text.change_high:+.3f} | {interval(distance, result.prompts)} |"
-                f" {ratio:.3f} | {views + steps} | {np.mean([record['seconds'] for record in own]):.0f} | {peaks[method]:.2f} |"
+                f" {ratio:.3f} | {views + steps} | {np.mean([record['seconds'] for record in own]):.0f} |"
+                f" {peaks[method]:.2f} |"
             )
             figures["methods"].setdefault(method, {"run": own[0]["run"]})[seed.strip("*")] = {
                 "rows": [row._asdict() for row in result.rows()],
