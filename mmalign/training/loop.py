@@ -58,7 +58,8 @@ def train(
     if comparisons is None:
         comparisons = _read(run, say)
     if modality is None:
-        modality = _load(run, accelerator, len(comparisons[0].media), say)
+        members = len(comparisons[0].media) if len(comparisons) else 2
+        modality = _load(run, accelerator, members, say)
     views = prepare_policy(modality, run)
     learner = Learner(run, modality, accelerator)
     progress = learner.resume(resume, say)

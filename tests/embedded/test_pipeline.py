@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from mmalign import embedded
 from mmalign.embedded import scenes
@@ -11,8 +12,7 @@ from mmalign.embedded import scenes
 
 @pytest.fixture(scope="module")
 def pipe():
-    diffusers = pytest.importorskip("diffusers")
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(embedded.path(), local_files_only=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(embedded.path(), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

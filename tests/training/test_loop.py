@@ -273,6 +273,11 @@ def test_an_empty_step_changes_no_weight_and_no_optimizer_state(recipe, pairs, m
     assert not torch.load(output / "checkpoint-2" / "state.pt")["optimizer"]["state"]
 
 
+def test_no_comparisons_are_said(recipe):
+    with pytest.raises(UserError, match="0 comparisons"):
+        train(recipe, comparisons=[], say=quiet)
+
+
 def test_nothing_to_compare_is_said(recipe, pairs):
     with pytest.raises(UserError, match="no pair"):
         run_it(recipe, [replace(pair, score=(1.0, 1.0)) for pair in pairs])
