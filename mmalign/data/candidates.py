@@ -1,0 +1,269 @@
+"""Candidates: what models made for prompts, kept in parts that are each whole or absent.
+
+A candidates folder holds parts of either layout, and `candidates.json` that says what was asked:
+
+- "parquet": `part-<12 hex>.parquet`, one row a candidate, which `datasets` reads with its pictures;
+- "folder": `part-<12 hex>/` with `metadata.jsonl` and `<id>.png` beside it, the `imagefolder` of `datasets`.
+
+Columns: id, prompt, image or text, model, seed, parameters (JSON), user, condition (input pictures), number.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmalign.records import Text, UserError
+from mmalign.storage import atomic_file, atomic_folder
+
+CANDIDATES = "candidates.json"
+METADATA = "metadata.jsonl"
+LAYOUTS = ("parquet", "folder")
+GROUP_ROWS = 32  # rows that a reader loads at once
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One medium that a model made for a prompt.
+
+    Attributes:
+        id: 24 hex digits, see `candidate_id`.
+        prompt: What was asked for.
+        medium: A picture (a PIL image, encoded bytes or a path; encoded when read) or a `Text` answer.
+        model: The model's label.
+        seed: Of the sampling, in [0, 2**31).
+        parameters: Generation settings, model source and LoRA; what JSON holds.
+        user: Whose prompt it is, when known.
+        condition: Tuple of input pictures of the prompt, when it has any.
+        number: The prompt's place in the prompt list, from 0.
+    """
+
+    id: str
+    prompt: str
+    medium: Any
+    model: str
+    seed: int
+    parameters: dict[str, Any]
+    user: str | None = None
+    condition: tuple[Any, ...] | None = None
+    number: int = 0
+
+
+def candidate_id(prompt: str, contents: Sequence[str], model: str, seed: int, parameters: Mapping[str, Any]) -> str:
+    """The name of what a model makes: 24 hex digits of prompt, input pictures, model, seed and parameters.
+
+    Args:
+        prompt: What is asked for.
+        contents: Of the input pictures, as `contents_of` gives them.
+        model: The model's label.
+        seed: Of the sampling.
+        parameters: What JSON holds; the order of its names is of no effect.
+    """
+    text = json.dumps([prompt, list(contents), model, seed, parameters], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def contents_of(condition: Sequence[Any] | None) -> list[str]:
+    """The hashes of input pictures' file contents.
+
+    Raises:
+        UserError: A file is missing.
+    """
+    return [hashlib.sha256(encoded(one)).hexdigest() for one in condition or ()]
+
+
+def encoded(medium: Any) -> bytes:
+    """A picture's file content: kept byte by byte where it has one, else PNG.
+
+    Raises:
+        UserError: The file is missing.
+    """
+    if isinstance(medium, Mapping):
+        medium = medium.get("bytes") or medium["path"]
+    if isinstance(medium, str | Path):
+        try:
+            return Path(medium).read_bytes()
+        except OSError as error:
+            raise UserError(f"{medium}: cannot be read ({error.strerror}); check the path.") from error
+    if isinstance(medium, Image.Image):
+        stream = io.BytesIO()
+        medium.save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
+    return bytes(medium)
+
+
+def is_candidates(path: str | Path) -> bool:
+    """Whether `path` is a candidates folder."""
+    path = Path(path)
+    return path.is_dir() and ((path / CANDIDATES).is_file() or bool(_parts(path)))
+
+
+def read_candidates(folder: str | Path, batch: int = 256) -> Iterator[Candidate]:
+    """Every candidate of a folder, part by part; pictures stay encoded (bytes or a path).
+
+    Args:
+        folder: Of candidates.
+        batch: Rows that are held at once.
+
+    Raises:
+        UserError: No parts, or a part that is damaged.
+    """
+    for part in _some_parts(folder):
+        for row in _rows(part, None, batch):
+            yield _candidate(row, part)
+
+
+def candidate_ids(folder: str | Path) -> Iterator[str]:
+    """The ids of a folder's candidates, without their media; nothing where there is no folder or no part.
+
+    Raises:
+        UserError: A part that is damaged.
+    """
+    for part in _parts(Path(folder)):
+        for row in _rows(part, ["id"], 2**16):
+            yield row["id"]
+
+
+def write_part(folder: str | Path, candidates: Sequence[Candidate], layout: str = "parquet") -> Path:
+    """Writes candidates as one new part and returns its path; a part of the same ids is replaced.
+
+    Args:
+        folder: Of candidates; made when missing.
+        candidates: One or more, all pictures or all text.
+        layout: "parquet" or "folder".
+
+    Raises:
+        UserError: An unknown layout, or an input picture that cannot be read.
+        ValueError: No candidates, or pictures and texts in one part.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r}: there are {' and '.join(LAYOUTS)}.")
+    if len({isinstance(one.medium, Text) for one in candidates}) != 1:
+        raise ValueError("a part holds one candidate or more, either all pictures or all text")
+    name = hashlib.sha256("".join(one.id for one in candidates).encode()).hexdigest()[:12]
+    if layout == "parquet":
+        path = Path(folder) / f"part-{name}.parquet"
+        with atomic_file(path) as temp:
+            _write_parquet(temp, candidates)
+    else:
+        path = Path(folder) / f"part-{name}"
+        with atomic_folder(path) as temp:
+            _write_folder(temp, candidates)
+    return path
+
+
+def _plain(one: Candidate) -> dict[str, Any]:
+    """The columns that are the same in both layouts."""
+    return {
+        "id": one.id,
+        "prompt": one.prompt,
+        "model": one.model,
+        "seed": one.seed,
+        "parameters": json.dumps(one.parameters, sort_keys=True, ensure_ascii=False),
+        "user": one.user,
+        "number": one.number,
+    }
+
+
+def _write_parquet(path: Path, candidates: Sequence[Candidate]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, List, Value
+    from datasets import Image as Picture
+
+    text, number = Value("string"), Value("int64")
+    medium: dict[str, Any] = {"text": text} if isinstance(candidates[0].medium, Text) else {"image": Picture()}
+    schema = Features(
+        **{"id": text, "prompt": text, **medium, "model": text, "seed": number},
+        **{"parameters": text, "user": text, "condition": List(Picture()), "number": number},
+    ).arrow_schema
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(candidates), GROUP_ROWS):
+            rows = []
+            for one in candidates[start : start + GROUP_ROWS]:
+                shown = one.condition and [{"bytes": encoded(picture), "path": None} for picture in one.condition]
+                is_text = isinstance(one.medium, Text)
+                made = str(one.medium) if is_text else {"bytes": encoded(one.medium), "path": f"{one.id}.png"}
+                rows.append({**_plain(one), "condition": shown, "text" if is_text else "image": made})
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _write_folder(folder: Path, candidates: Sequence[Candidate]) -> None:
+    has_condition = any(one.condition for one in candidates)  # datasets cannot type a column of empty lists
+    with (folder / METADATA).open("w", encoding="utf-8") as file:
+        for one in candidates:
+            row = _plain(one)
+            if isinstance(one.medium, Text):
+                row["text"] = str(one.medium)
+            else:
+                row["file_name"] = f"{one.id}.png"
+                (folder / row["file_name"]).write_bytes(encoded(one.medium))
+            if has_condition:
+                row["condition_file_names"] = [_kept(picture, folder) for picture in one.condition or ()]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _kept(picture: Any, folder: Path) -> str:
+    """Writes an input picture under the name of its content, which is returned."""
+    data = encoded(picture)
+    name = f"condition-{hashlib.sha256(data).hexdigest()[:24]}.png"
+    (folder / name).write_bytes(data)
+    return name
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Every whole part; a folder without its metadata is none."""
+    found = sorted(folder.glob("part-*"))
+    return [path for path in found if path.suffix == ".parquet" or (path / METADATA).is_file()]
+
+
+def _some_parts(folder: str | Path) -> list[Path]:
+    parts = _parts(Path(folder))
+    if not parts:
+        raise UserError(f"{folder}: holds no candidates; make them with mmalign generate.")
+    return parts
+
+
+def _rows(part: Path, columns: list[str] | None, batch: int) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if part.suffix == ".parquet":
+            with pq.ParquetFile(part) as file:
+                for rows in file.iter_batches(batch, columns=columns):
+                    yield from rows.to_pylist()
+        else:
+            with (part / METADATA).open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{part}: is damaged ({str(error).splitlines()[0]}); remove it and run mmalign generate again."
+        ) from error
+
+
+def _candidate(row: dict[str, Any], part: Path) -> Candidate:
+    if "text" in row:
+        medium: Any = Text(row["text"])
+    else:
+        medium = row["image"]["bytes"] if "image" in row else part / row["file_name"]
+    if part.suffix == ".parquet":
+        shown = [picture["bytes"] for picture in row["condition"] or ()]
+    else:
+        shown = [part / name for name in row.get("condition_file_names", ())]
+    return Candidate(
+        id=row["id"],
+        prompt=row["prompt"],
+        medium=medium,
+        model=row["model"],
+        seed=row["seed"],
+        parameters=json.loads(row["parameters"]),
+        user=row["user"],
+        condition=tuple(shown) or None,
+        number=row["number"],
+    )
