@@ -1,5 +1,6 @@
 """The record every room passes on: a `Comparison`, the media in it, and the error a user can mend."""
 
+import contextlib
 import hashlib
 import io
 import math
@@ -10,19 +11,53 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 2**26  # 8192 x 8192; checked on the header, before anything is decoded
 
 
 class UserError(Exception):
-    """A mistake in the user's input: one sentence saying what, where and what to do. Exit code 2."""
+    """A mistake in the user's input: one sentence saying what, where and what to do. Exit code 2.
+
+    Attributes:
+        reason: a short word for the kind of mistake, by which rows that were left out are counted.
+    """
+
+    def __init__(self, message: str, reason: str = "bad_row"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Text(str):
     """A medium that is text, such as a vision-language model's answer; a plain str is a path to a picture."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Sound:
+    """An encoded sound: a file or its content. Its modality decodes it.
+
+    Attributes:
+        source: Path, or the file's bytes.
+        sample_rate_hz: Samples a second, where known; the file's own header counts.
+    """
+
+    source: str | Path | bytes
+    sample_rate_hz: int | None = None
+
+
+@dataclass(frozen=True)
+class Video:
+    """An encoded video: a file or its content. Its modality decodes it.
+
+    Attributes:
+        source: Path, or the file's bytes.
+        fps: Frames a second, where known.
+    """
+
+    source: str | Path | bytes
+    fps: float | None = None
 
 
 def open_image(medium: Any, *, name: str = "") -> Image.Image:
@@ -33,12 +68,16 @@ def open_image(medium: Any, *, name: str = "") -> Image.Image:
         name: What to call the picture in an error (file and row); default: its path.
 
     Raises:
-        UserError: The picture is missing, is not a picture, is cut off, or has over `MAX_PIXELS`.
+        UserError: The picture is missing ("missing_file"), is not a picture or is cut off ("undecodable"), or has
+            over `MAX_PIXELS` ("too_large").
     """
     if isinstance(medium, Text):
         raise UserError(
             f"{name or repr(medium[:40])}: is text where a picture is needed; take a model of text answers."
         )
+    if isinstance(medium, Sound | Video):
+        kind = type(medium).__name__.lower()
+        raise UserError(f"{name or 'a medium'}: is a {kind} where a picture is needed; take a model of {kind}s.")
     source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
     name = name or (str(source) if isinstance(source, str | Path) else "a picture in memory")
     try:
@@ -47,14 +86,32 @@ def open_image(medium: Any, *, name: str = "") -> Image.Image:
         if not too_large:
             image = _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise UserError(f"{name}: no such picture; check the path.") from None
+        raise UserError(f"{name}: no such picture; check the path.", "missing_file") from None
     except Image.DecompressionBombError:
         too_large = True
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UserError(f"{name}: cannot be decoded ({error}); mend or remove the picture.") from error
+        sentence = f"{name}: cannot be decoded ({error}); mend or remove the picture."
+        raise UserError(sentence, "undecodable") from error
     if too_large:
-        raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller.")
+        raise UserError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller.", "too_large")
     return image
+
+
+def image_size(medium: Any, *, name: str = "") -> tuple[int, int]:
+    """Width and height of a picture as `open_image` would give it, from its header alone.
+
+    Raises:
+        UserError: as `open_image`, as far as the header shows it.
+    """
+    source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
+    try:
+        with (
+            contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(_stream(source)) as image
+        ):
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except Exception:  # open_image knows what to say
+        return open_image(medium, name=name).size
 
 
 def _stream(source: Any) -> Any:
@@ -86,7 +143,7 @@ class Comparison:
     Attributes:
         id: Unique and stable; its hash keys every random draw.
         prompt: What was asked for.
-        media: [K] things that `open_image` takes, which stay encoded until used; or `Text` answers.
+        media: [K] things that `open_image` takes, which stay encoded until used; or all `Text`, `Sound` or `Video`.
         score: [K] finite numbers, higher is better.
         weight: Importance, finite and >= 0.
         user: Whose taste it is, when known.

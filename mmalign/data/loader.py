@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.records import Comparison, Text, UserError, open_image
+from mmalign.records import Comparison, Sound, Text, UserError, Video, open_image
 
 
 class Batches:
@@ -122,7 +122,7 @@ class Batches:
 
 
 def decode(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with every picture opened, those of the condition too; `Text` stays as it is.
+    """The same comparisons with every picture opened, those of the condition too; `Text`, `Sound` and `Video` stay.
 
     Raises:
         UserError: A picture does not decode; the comparison and the picture's number are named.
@@ -130,7 +130,7 @@ def decode(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
     def opened(media: Sequence[Any], where: str) -> tuple[Any, ...]:
         return tuple(
-            medium if isinstance(medium, Text) else open_image(medium, name=f"{where} {number}")
+            medium if isinstance(medium, Text | Sound | Video) else open_image(medium, name=f"{where} {number}")
             for number, medium in enumerate(media)
         )
 
