@@ -7,7 +7,7 @@ The three entry points are functions that import what they need when they are ca
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mmalign.modalities import Modality, Skeleton
@@ -24,6 +24,7 @@ def load(
     dtype: Any = None,
     device: Any = None,
     user_layers: str | Path | None = None,
+    only: Literal["network", "encoders"] | None = None,
     **options: Any,
 ) -> Modality:
     """Loads a generative model as a modality: hub id, local folder or single `.safetensors` file.
@@ -34,6 +35,8 @@ def load(
         dtype: torch dtype of the frozen weights; default bfloat16 on an accelerator, else float32.
         device: default the accelerator when there is one.
         user_layers: file or output folder of a run that had users; `generate` then takes a `user`.
+        only: "network" leaves the encoders out until something is generated or saved, for training from a cache;
+            "encoders" leaves out the network's weights, for making one.
         options: the family's own, as `vae` (another VAE) for SD1.5 and SDXL.
 
     Raises:
@@ -41,6 +44,7 @@ def load(
     """
     from mmalign import modalities
 
+    options |= {"only": only} if only else {}
     return modalities.load(source, lora=lora, dtype=dtype, device=device, user_layers=user_layers, **options)
 
 

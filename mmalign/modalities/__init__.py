@@ -7,16 +7,18 @@ transformers model) states: one table, below.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, device, dtype, nn
 
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import Path as NoisePath
+
+Only = Literal["network", "encoders"] | None  # which parts are loaded; see `mmalign.load`
 
 FAMILIES = {
     "Qwen2VLForConditionalGeneration": "mmalign.modalities.vlm",
@@ -34,15 +36,21 @@ class Skeleton:
         parts: name -> module on the meta device; the trained one is "network".
         example: (samples, resolution or None, dtype) -> the network's arguments by name, made on the current device.
         lora_targets: module names that a LoRA trains by default.
+        frozen: parts, tokenizers among them, that training from a cache does without.
     """
 
     parts: dict[str, nn.Module]
     example: Callable[[int, int | None, dtype], dict[str, Any]]
     lora_targets: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+
+
+# One thing encoded by itself, without a batch dimension: a medium, or a prompt with its condition. See data/cache.py
+Piece = Mapping[str, Tensor]
 
 
 class Encoded:
-    """What the frozen encoders make of a batch; holds no randomness, so it can be stored.
+    """What the frozen encoders make of a batch; holds no randomness.
 
     Attributes:
         x0: [N, ...] posterior mean of the latents, or tokens [N, L].
@@ -81,9 +89,35 @@ class Encoded:
 
 
 class Holder:
-    """What every modality does with its network, whatever was wrapped around it."""
+    """What every modality does with its network, whatever was wrapped around it, and how it encodes piece by piece."""
 
     network: nn.Module
+
+    def encode(self, items: Sequence[Comparison]) -> Encoded:
+        """See `Modality.encode`: all pieces of a batch, each prompt once, put together."""
+        asked = {(item.prompt, id(item.condition)): item for item in items}
+        prompts = dict(zip(asked, self.encode_prompts(list(asked.values())), strict=True))
+        media = iter(self.encode_media([(item, k) for item in items for k in range(len(item.media))]))
+        return self.assemble(
+            [prompts[item.prompt, id(item.condition)] for item in items],
+            [[next(media) for _ in item.media] for item in items],
+        )
+
+    def encode_prompts(self, items: Sequence[Comparison]) -> list[Piece]:
+        """See `Modality.encode_prompts`."""
+        raise NotImplementedError
+
+    def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
+        """See `Modality.encode_media`."""
+        raise NotImplementedError
+
+    def assemble(self, prompts: Sequence[Piece], media: Sequence[Sequence[Piece]]) -> Encoded:
+        """See `Modality.assemble`."""
+        raise NotImplementedError
+
+    def frame(self, item: Comparison) -> tuple[int, ...]:
+        """See `Modality.frame`."""
+        return ()
 
     @property
     def unwrapped(self) -> Any:
@@ -113,7 +147,29 @@ class Modality(Protocol):
     resolution: int
 
     def encode(self, items: Sequence[Comparison]) -> Encoded:
-        """Frozen parts only (VAE, text encoders, tokenizer); no randomness."""
+        """Whole comparisons, one behind the other. Frozen parts only (VAE, text encoders, tokenizer); no randomness."""
+        ...
+
+    def encode_prompts(self, items: Sequence[Comparison]) -> list[Piece]:
+        """One piece a comparison: what its prompt and condition alone become."""
+        ...
+
+    def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
+        """One piece a (comparison, number of its medium): what the medium alone becomes, in the comparison's frame.
+
+        Where it has noise to be drawn by counter, a piece has "x0" and its deviation "x0_std".
+        """
+        ...
+
+    def assemble(self, prompts: Sequence[Piece], media: Sequence[Sequence[Piece]]) -> Encoded:
+        """Pieces of G comparisons of one frame, back to what `encode` gives: [G] prompts, [G][K] media."""
+        ...
+
+    def frame(self, item: Comparison) -> tuple[int, ...]:
+        """What all media of a comparison are brought to, as height and width in pixels; () where each keeps its own.
+
+        Of the media, only the first one's header is read.
+        """
         ...
 
     def empty(self) -> Cond:

@@ -21,8 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.modalities import Encoded, Skeleton, class_name
-from mmalign.modalities.latent_image import LatentImageModality, load_modality, makers, on_meta, pixels_per_latent
+from mmalign.modalities import Only, Piece, Skeleton, class_name
+from mmalign.modalities.latent_image import (
+    LatentImageModality,
+    frozen,
+    load_modality,
+    makers,
+    model_index,
+    on_meta,
+    pixels_per_latent,
+)
 from mmalign.modalities.user import arguments
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate.likelihood import Cond
@@ -37,6 +45,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     vae: str | Path | None = None,
+    only: Only = None,
 ) -> TransformerModality:
     """Loads a flow transformer's pipeline; text encoders that its `model_index.json` leaves out stay out.
 
@@ -46,11 +55,12 @@ def load(
         dtype: of transformer and text encoders; default bfloat16 on an accelerator, else float32.
         device: default the accelerator when there is one.
         vae: another VAE (hub id or folder); it runs in `dtype`, the pipeline's own in float32.
+        only: see `mmalign.load`.
 
     Raises:
         UserError: a part is missing or does not fit.
     """
-    return load_modality(KINDS[class_name(source)], source, lora, dtype, device, vae)
+    return load_modality(KINDS[class_name(source)], partial(skeleton, source), source, lora, dtype, device, vae, only)
 
 
 def skeleton(source: str | Path) -> Skeleton:
@@ -58,7 +68,8 @@ def skeleton(source: str | Path) -> Skeleton:
     kind = KINDS[class_name(source)]
     parts = on_meta(makers(source), kind.part)
     scale = pixels_per_latent(parts["vae"])
-    return Skeleton(parts, partial(kind.example, parts["network"].config, scale), kind.targets)
+    example = partial(kind.example, parts["network"].config, scale)
+    return Skeleton(parts, example, kind.targets, frozen(model_index(source), kind.part))
 
 
 class TransformerModality(LatentImageModality):
@@ -117,8 +128,8 @@ class SD3Modality(TransformerModality):
         "attn.to_v",
     )
 
-    def encode(self, items: Sequence[Comparison]) -> Encoded:
-        """Latents and conditions; see `LatentImageModality.encode`.
+    def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
+        """See `LatentImageModality.encode_media`.
 
         Raises:
             UserError: `resolution` is no whole number of patches, or beyond the position table; the VAE overflows.
@@ -131,7 +142,7 @@ class SD3Modality(TransformerModality):
                 f"resolution {self.resolution}: {self.source or 'this model'} takes multiples of {patch} pixels up to"
                 f" {limit}."
             )
-        return super().encode(items)
+        return super().encode_media(members)
 
     def _embed(self, prompts: list[str]) -> Cond:
         """Prompt embeddings [N, L, D], zeros where T5 is absent, and the pooled ones [N, D] of the two CLIPs."""

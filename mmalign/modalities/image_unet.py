@@ -8,6 +8,7 @@ Shapes: N samples, C = 4 latent channels, H W latent size (an eighth of the pict
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.modalities import Skeleton
+from mmalign.modalities import Only, Skeleton
 from mmalign.modalities.latent_image import (
     LORA_FILE,
     LatentImageModality,
+    frozen,
     load_modality,
     makers,
+    model_index,
     on_meta,
     pixels_per_latent,
 )
+from mmalign.modalities.single_file import configurations
 from mmalign.modalities.user import arguments
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import VariancePreserving
@@ -39,6 +43,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     vae: str | Path | None = None,
+    only: Only = None,
     config: str | Path | None = None,
 ) -> UNetModality:
     """Loads SD1.5 or SDXL.
@@ -50,6 +55,7 @@ def load(
         device: default the accelerator when there is one.
         vae: another VAE (hub id or folder), as `madebyollin/sdxl-vae-fp16-fix`; it runs in `dtype`. Without it
             the pipeline's own VAE runs in float32, as SDXL's overflows in float16.
+        only: see `mmalign.load`.
         config: for a single file of an unusual size, a pipeline folder with its configurations.
 
     Raises:
@@ -57,27 +63,35 @@ def load(
     """
     single = Path(source).suffix in (".safetensors", ".ckpt")
 
-    def read(dtype: torch.dtype) -> Any:
+    def read(dtype: torch.dtype, parts: Mapping[str, Any]) -> Any:
         from mmalign.modalities.single_file import load_pipeline
 
-        return load_pipeline(Path(source), dtype, config)
+        pipeline = load_pipeline(Path(source), dtype, config)
+        for name, part in parts.items():
+            setattr(pipeline, name, part)
+        return pipeline
 
-    return load_modality(UNetModality, source, lora, dtype, device, vae, read if single else None)
+    shapes = partial(skeleton, config or source)
+    return load_modality(UNetModality, shapes, source, lora, dtype, device, vae, only, read if single else None)
 
 
 def skeleton(source: str | Path) -> Skeleton:
     """UNet ("network") and frozen parts as shapes without memory, for the memory plan."""
-    made = _single_file_makers(Path(source)) if Path(source).suffix == ".safetensors" else makers(source)
-    parts = on_meta(made, UNetModality.part)
+    single = Path(source).suffix == ".safetensors"
+    parts = on_meta(_single_file_makers(Path(source)) if single else makers(source), UNetModality.part)
     scale = pixels_per_latent(parts["vae"])
-    return Skeleton(parts, partial(example, parts["network"].config, scale), UNetModality.targets)
+    index = configurations(Path(source))["model_index"] if single else model_index(source)
+    return Skeleton(
+        parts,
+        partial(example, parts["network"].config, scale),
+        UNetModality.targets,
+        frozen(index, UNetModality.part),
+    )
 
 
 def _single_file_makers(path: Path) -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
-
-    from mmalign.modalities.single_file import configurations
 
     configs = configurations(path)
     made: dict[str, Any] = {
@@ -142,11 +156,9 @@ class UNetModality(LatentImageModality):
             entries["text_embeds"] = made[2]
         return Cond(entries)
 
-    def _sized(self, cond: Cond, sizes: list[list[float]]) -> Cond:
+    def _sized(self, cond: Cond, sizes: Tensor) -> Cond:
         """For SDXL the time ids: a comparison's first picture's, so that its members differ in nothing else."""
-        if not self.is_xl:
-            return cond
-        return Cond({**cond, "time_ids": torch.tensor(sizes, device=self.device, dtype=torch.float32)})
+        return Cond({**cond, "time_ids": sizes}) if self.is_xl else cond
 
     @torch.no_grad()
     def empty(self) -> Cond:

@@ -8,6 +8,7 @@ Shapes: N samples, C latent channels, H W latent size, R the training pictures' 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.modalities import Encoded, Holder
+from mmalign.modalities import Encoded, Holder, Only, Piece, Skeleton
 from mmalign.modalities.user import add_layers, arguments, has_layers, layers, save_layers
-from mmalign.records import Comparison, UserError, open_image
+from mmalign.records import Comparison, UserError, image_size, open_image
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import Path as NoisePath
 from mmalign.surrogate.probes import at_least_float32
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+MAX_ENLARGED = 16  # a picture that would have to grow by more is none: a 1 x 1 placeholder, an icon
 
 
 class LatentImageModality(Holder):
@@ -36,17 +38,20 @@ class LatentImageModality(Holder):
         targets: module names that a LoRA trains by default.
         pipeline: the diffusers pipeline around the network.
         resolution: side of the training pictures in pixels.
+        aspect_buckets: train on the nearest of several aspects, of about `resolution` squared pixels each.
     """
 
     part: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]
     path: NoisePath
+    rest: Callable[..., Any] | None = None  # what loads the pipeline around the network, where that is still to be done
 
     def __init__(self, pipeline: Any, source: str = "") -> None:
         self.pipeline = pipeline
         self.source = source
         self.network: nn.Module = getattr(pipeline, self.part)
         self.resolution: int = self.unwrapped.config.sample_size * pipeline.vae_scale_factor
+        self.aspect_buckets = False
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -55,69 +60,116 @@ class LatentImageModality(Holder):
         """Module names that a LoRA trains by default."""
         return list(self.targets)
 
+    def whole(self) -> Any:
+        """The pipeline with the network as it stands; the encoders that training did without are loaded now."""
+        if self.rest:
+            self.pipeline, self.rest = self.rest(**{self.part: self.unwrapped}), None
+        setattr(self.pipeline, self.part, self.unwrapped)  # a view may have put other weights in place
+        return self.pipeline
+
     # -- encoding ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, items: Sequence[Comparison]) -> Encoded:
-        """Latents (posterior mean and deviation, scaled) and conditions of all media, comparison by comparison.
+    def encode_prompts(self, items: Sequence[Comparison]) -> list[Piece]:
+        """The family's prompt embeddings; see `Modality.encode_prompts`."""
+        prompts = sorted({item.prompt for item in items})
+        self.whole()
+        cond = self._embed(prompts)
+        rows = {prompt: {name: value[row] for name, value in cond.items()} for row, prompt in enumerate(prompts)}
+        return [rows[item.prompt] for item in items]
 
-        Pictures keep their aspect: the shorter side is brought to `resolution`, the rest cropped at the centre.
-        Each prompt is embedded once.
+    @torch.no_grad()
+    def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
+        """Posterior mean "x0" and deviation "x0_std" [C, H, W], scaled, and "size" [6]; see `Modality.encode_media`.
+
+        A picture keeps its aspect: it is brought to cover the frame, the rest cropped at the centre. "size" is its
+        original height and width, the crop's top and left, the frame's height and width.
 
         Raises:
-            UserError: the VAE overflows.
+            UserError: a picture cannot be read or is too small, or the VAE overflows.
         """
-        pixels, sizes, prompts = [], [], []
-        for item in items:
-            cropped = [self._crop(open_image(medium, name=f"{item.id}[{k}]")) for k, medium in enumerate(item.media)]
-            pixels += [picture for picture, _ in cropped]
-            sizes += [cropped[0][1]] * len(cropped)
-            prompts += [item.prompt] * len(cropped)
-        vae = self.pipeline.vae
-        batch = torch.stack(pixels).to(vae.device, vae.dtype)
-        posteriors = [vae.encode(part).latent_dist for part in batch.split(8)]
+        vae = self.whole().vae
         scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-        mean = (at_least_float32(torch.cat([posterior.mean for posterior in posteriors])) - shift) * scale
-        std = at_least_float32(torch.cat([posterior.std for posterior in posteriors])) * scale
-        if not torch.isfinite(mean).all():
-            bad = [
-                item.id for item, rows in zip(items, self._rows(items), strict=True) if not mean[rows].isfinite().all()
-            ]
+        frames = {id(item): self.frame(item) for item, _ in members}
+        made: dict[int, Piece] = {}
+        for frame in sorted(set(frames.values())):
+            rows = [row for row, (item, _) in enumerate(members) if frames[id(item)] == frame]
+            cropped = [self._crop(*members[row], frame) for row in rows]
+            batch = torch.stack([pixels for pixels, _ in cropped]).to(vae.device, vae.dtype)
+            posteriors = [vae.encode(part).latent_dist for part in batch.split(8)]
+            mean = (at_least_float32(torch.cat([posterior.mean for posterior in posteriors])) - shift) * scale
+            std = at_least_float32(torch.cat([posterior.std for posterior in posteriors])) * scale
+            for place, row in enumerate(rows):
+                made[row] = {"x0": mean[place], "x0_std": std[place], "size": torch.tensor(cropped[place][1])}
+        bad = [_name(*members[row]) for row, piece in made.items() if not piece["x0"].isfinite().all()]
+        if bad:
             raise UserError(
-                f"The VAE gave non-finite latents for {', '.join(bad)}; run it in float32 or take the fp16-fix VAE."
+                f"The VAE gave non-finite latents for {', '.join(bad)}; run it in float32 or take the fp16-fix VAE.",
+                reason="not_finite",
             )
-        unique = sorted(set(prompts))
-        cond = self._embed(unique).rows([unique.index(prompt) for prompt in prompts])
-        return Encoded(mean, std, self._sized(cond, sizes))
+        return [made[row] for row in range(len(members))]
 
-    @staticmethod
-    def _rows(items: Sequence[Comparison]) -> list[slice]:
-        ends = np.cumsum([len(item.media) for item in items])
-        return [slice(end - len(item.media), end) for item, end in zip(items, ends, strict=True)]
+    def assemble(self, prompts: Sequence[Piece], media: Sequence[Sequence[Piece]]) -> Encoded:
+        """See `Modality.assemble`; all members of a comparison are told the size of its first picture."""
 
-    def _crop(self, picture: Image.Image) -> tuple[Tensor, list[float]]:
-        """[3, R, R] in [-1, 1], and original height and width, crop top and left, target height and width."""
-        width, height = picture.size
-        side = self.resolution
-        factor = side / min(width, height)
+        def stacked(pieces: list[Piece], name: str) -> Tensor:
+            return torch.stack([piece[name] for piece in pieces]).to(self.device)
+
+        flat = [piece for group in media for piece in group]
+        asked = [prompt for prompt, group in zip(prompts, media, strict=True) for _ in group]
+        sizes = [group[0] for group in media for _ in group]
+        x0_std = stacked(flat, "x0_std") if "x0_std" in flat[0] else None
+        cond = Cond({name: stacked(asked, name) for name in asked[0]})
+        return Encoded(stacked(flat, "x0"), x0_std, self._sized(cond, stacked(sizes, "size")))
+
+    def frame(self, item: Comparison) -> tuple[int, int]:
+        """A square of `resolution`, or with `aspect_buckets` the bucket nearest to the first picture's aspect."""
+        if not self.aspect_buckets:
+            return self.resolution, self.resolution
+        width, height = image_size(item.media[0], name=_name(item, 0))
+        return min(self.buckets(), key=lambda frame: (abs(math.log(frame[0] / frame[1] * width / height)), frame))
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """Heights and widths of about the area of `resolution` squared, aspects up to 2, as SDXL was trained.
+
+        Both are multiples of eight latents (64 pixels for SDXL; arXiv 2307.01952 appendix I).
+        """
+        unit = 8 * self.pipeline.vae_scale_factor
+        area = (self.resolution / unit) ** 2  # in units
+        sides = range(max(1, round(math.sqrt(area / 2))), round(math.sqrt(area * 2)) + 1)
+        return [(side * unit, max(1, round(area / side)) * unit) for side in sides]
+
+    def _crop(self, item: Comparison, number: int, frame: tuple[int, int]) -> tuple[Tensor, list[float]]:
+        """[3, *frame] in [-1, 1], and "size"."""
+        picture = open_image(item.media[number], name=_name(item, number))
+        (width, height), (high, wide) = picture.size, frame
+        if min(width, height) * MAX_ENLARGED < min(frame):
+            raise UserError(
+                f"{_name(item, number)}: is {width} x {height} pixels, too small for {wide} x {high}; remove it.",
+                reason="too_small",
+            )
+        factor = max(wide / width, high / height)
         resized = picture.resize(
-            (max(side, round(width * factor)), max(side, round(height * factor))), Image.Resampling.LANCZOS
+            (max(wide, round(width * factor)), max(high, round(height * factor))), Image.Resampling.LANCZOS
         )
-        left, top = (resized.width - side) // 2, (resized.height - side) // 2
-        array = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32)
-        return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1, [height, width, top, left, side, side]
+        left, top = (resized.width - wide) // 2, (resized.height - high) // 2
+        array = np.asarray(resized.crop((left, top, left + wide, top + high)), dtype=np.float32)
+        return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1, [
+            float(n) for n in (height, width, top, left, *frame)
+        ]
 
     def _embed(self, prompts: list[str]) -> Cond:
         """The conditions of N prompts."""
         raise NotImplementedError
 
-    def _sized(self, cond: Cond, sizes: list[list[float]]) -> Cond:
-        """The condition with what the family is told of sizes and crops; N times `_crop`'s six numbers."""
+    def _sized(self, cond: Cond, sizes: Tensor) -> Cond:
+        """The condition with what the family is told of sizes and crops; [N, 6], as `encode_media` has them."""
         return cond
 
     @torch.no_grad()
     def empty(self) -> Cond:
         """The empty prompt as guidance meets it."""
+        self.whole()
         return self._embed([""])
 
     # -- generation ----------------------------------------------------------------------------------------
@@ -154,7 +206,7 @@ class LatentImageModality(Holder):
         whose = None if user is None else user.to(self.device).expand(len(prompts), -1)
         training = self.network.training
         self.network.eval()
-        setattr(self.pipeline, self.part, self.unwrapped)  # a view may have put other weights in place
+        self.whole()
         pictures: list[Image.Image] = []
         try:
             for start in range(0, len(prompts), batch_size):
@@ -232,8 +284,7 @@ class LatentImageModality(Holder):
         if "policy" in getattr(self.unwrapped, "peft_config", {}):
             self._save_lora(folder)
         elif not personal:
-            setattr(self.pipeline, self.part, self.unwrapped)
-            self.pipeline.save_pretrained(folder)
+            self.whole().save_pretrained(folder)
 
     def _save_lora(self, folder: Path) -> dict[str, Tensor]:
         """Writes the adapter in diffusers keys, alpha and rank with it; returns its layers by their PEFT keys."""
@@ -249,67 +300,104 @@ class LatentImageModality(Holder):
         return layers
 
 
+def _name(item: Comparison, number: int) -> str:
+    return f"comparison {item.id!r}, picture {number}"
+
+
 M = TypeVar("M", bound=LatentImageModality)
 
 
 def load_modality(
     kind: type[M],
+    shapes: Callable[[], Skeleton],
     source: str | Path,
     lora: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     vae: str | Path | None = None,
-    read: Callable[[torch.dtype], Any] | None = None,
+    only: Only = None,
+    read: Callable[..., Any] | None = None,
 ) -> M:
     """Loads a pipeline, its VAE and an adapter; the families' `load` say what the arguments are.
 
     Args:
         kind: what to make of the pipeline.
+        shapes: the family's skeleton of the source.
         source: pipeline folder or hub id.
         lora: LoRA file or folder.
         dtype: of network and text encoders.
         device: where it shall run.
         vae: another VAE.
-        read: reads the pipeline in a dtype; default diffusers' `from_pretrained` of the source.
+        only: see `mmalign.load`.
+        read: (dtype, parts) -> pipeline with these parts for its own, None leaving one out; default diffusers'
+            `from_pretrained` of the source.
 
     Raises:
         UserError: a part is missing or does not fit.
     """
-    from diffusers import AutoencoderKL
-
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type != "cpu" else torch.float32)
-    try:
-        pipeline = read(dtype) if read else _read_folder(source, dtype)
-        if vae:
-            pipeline.vae = AutoencoderKL.from_pretrained(str(vae), dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{vae or source}: cannot be loaded ({str(error).splitlines()[0]}).") from error
-    if not vae and dtype.itemsize < 4:
-        pipeline.vae.to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    modality = kind(pipeline, str(source))
+
+    def made(**parts: Any) -> Any:
+        """The pipeline on its device, with these parts for its own."""
+        from diffusers import AutoencoderKL
+
+        try:
+            pipeline = (read or partial(_read_folder, source))(dtype, parts)
+            if vae and pipeline.vae:
+                pipeline.vae = AutoencoderKL.from_pretrained(str(vae), dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{vae or source}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+        if pipeline.vae and not vae and dtype.itemsize < 4:
+            pipeline.vae.to(torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in parts:
+                part.to(device)
+        return pipeline
+
+    if only:
+        skeleton = shapes()
+    if only == "encoders":
+        modality = kind(made(**{kind.part: skeleton.parts["network"]}), str(source))
+    elif only == "network":
+        pipeline = made(**dict.fromkeys(skeleton.frozen))
+        pipeline.vae_scale_factor = pixels_per_latent(skeleton.parts["vae"])  # it guesses 8 where it has no VAE
+        modality = kind(pipeline, str(source))
+        modality.rest = made
+    else:
+        modality = kind(made(), str(source))
     if lora:
         modality.load_adapter(lora)
     return modality
 
 
-def _read_folder(source: str | Path, dtype: torch.dtype) -> Any:
+def _read_folder(source: str | Path, dtype: torch.dtype, parts: Mapping[str, Any]) -> Any:
     from diffusers import DiffusionPipeline
 
-    entries = DiffusionPipeline.load_config(str(source)).items()
+    entries = model_index(source).items()
     # diffusers leaves out a part that the index gives as null only when it is told so again (SD3 without its T5)
     absent = {name: None for name, entry in entries if isinstance(entry, list | tuple) and not any(entry)}
-    return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **absent)
+    return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **absent, **parts)
+
+
+def model_index(source: str | Path) -> dict[str, Any]:
+    """A pipeline's `model_index.json`: the name of a part -> its library and class, both null where it is absent."""
+    from diffusers import DiffusionPipeline
+
+    return dict(DiffusionPipeline.load_config(str(source)))
+
+
+def frozen(index: Mapping[str, Any], part: str) -> tuple[str, ...]:
+    """The parts of a `model_index.json` that training from a cache does without."""
+    named = {name for name, entry in index.items() if isinstance(entry, list | tuple) and any(entry)}
+    return tuple(sorted(named - {part, "scheduler"}))
 
 
 def makers(source: str | Path) -> dict[str, Callable[[], nn.Module]]:
     """Name -> what makes each network that a pipeline folder or hub id names, from its configuration alone."""
-    from diffusers import DiffusionPipeline
-
     found: dict[str, Callable[[], nn.Module]] = {}
-    for name, entry in DiffusionPipeline.load_config(str(source)).items():
+    for name, entry in model_index(source).items():
         library, kind = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
         if library not in ("diffusers", "transformers"):  # absent parts, settings, a pipeline's own helper classes
             continue

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.modalities import Encoded, Holder, Skeleton
+from mmalign.modalities import Encoded, Holder, Only, Piece, Skeleton
 from mmalign.modalities.adapter_files import load_adapter, save_adapter
 from mmalign.records import Comparison, Text, UserError, open_image
 from mmalign.surrogate.draws import generator
@@ -31,6 +31,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     vae: str | Path | None = None,
+    only: Only = None,
 ) -> VLMModality:
     """Loads a vision-language model with its processor.
 
@@ -40,11 +41,12 @@ def load(
         dtype: of the weights; default bfloat16 on an accelerator, else float32.
         device: default the accelerator when there is one.
         vae: must be None; a recipe may give one for other families.
+        only: see `mmalign.load`; the processor, which a saved model needs too, is always there.
 
     Raises:
         UserError: a part is missing or does not fit, or there is no chat template.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
     if vae:
         raise UserError(f"{source}: a vision-language model has no VAE; leave that setting out.")
@@ -52,12 +54,16 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type != "cpu" else torch.float32)
     try:
         processor = AutoProcessor.from_pretrained(str(source))
-        network = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype)
+        if only == "encoders":
+            network = skeleton(source).parts["network"]
+            network.generation_config = GenerationConfig.from_pretrained(str(source))
+        else:
+            network = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype).to(device)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"{source}: cannot be loaded ({str(error).strip().splitlines()[0]}).") from error
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{source}: has no chat template, which says where a question ends; add chat_template.jinja.")
-    modality = VLMModality(network.to(device), processor, str(source))
+    modality = VLMModality(network, processor, str(source))
     if lora:
         modality.load_adapter(lora)
     return modality
@@ -126,33 +132,50 @@ class VLMModality(Holder):
 
     # -- encoding ------------------------------------------------------------------------------------------
 
-    def encode(self, items: Sequence[Comparison]) -> Encoded:
-        """Tokens of prompt and answer, one row an answer, comparison by comparison.
-
-        The prompt goes through the processor once for all its answers, with its placeholders expanded to the pictures'
-        number of tokens; an answer is tokenized by itself and appended with the token that ends the turn. So the mask
-        is exact, and the tokens are those that the model itself would have continued with.
-
-        Returns:
-            x0 [N, L] int64, padded on the right; no x0_std; cond with `answer_mask` [N, L] bool, what the processor
-            gave for every token ([N, L]: `attention_mask`, `mm_token_type_ids`), and lists of N for the rest
-            (`pixel_values`, `image_grid_thw`; None for a row without pictures).
+    def encode_prompts(self, items: Sequence[Comparison]) -> list[Piece]:
+        """The processor's output for everything up to where the answer begins; its placeholders are expanded.
 
         Raises:
-            UserError: a medium is no `Text`, a picture cannot be read, or a text has special tokens in it.
+            UserError: a picture cannot be read, or a prompt has special tokens in it.
         """
-        rows: list[Encoded] = []
+        made: list[Piece] = []
         for item in items:
             where = f"comparison {item.id!r}"
             pictures = [
                 open_image(one, name=f"{where}, input picture {n}") for n, one in enumerate(item.condition or ())
             ]
-            prompt = self._prompt(item.prompt, pictures, where)
-            for number, answer in enumerate(item.media):
-                if not isinstance(answer, Text):
-                    raise UserError(f"{where}: medium {number} is no text; {self.source} learns from text answers.")
-                rows.append(self._row(prompt, self._tokens(answer, f"{where}, answer {number}")))
-        return Encoded.cat(rows)
+            made.append(self._prompt(item.prompt, pictures, where))
+        return made
+
+    def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
+        """An answer's tokens, "answer" [L], with the token that ends the turn.
+
+        An answer is tokenized by itself, so the mask is exact, and the tokens are those that the model itself would
+        have continued with.
+
+        Raises:
+            UserError: a medium is no `Text`, or has special tokens in it.
+        """
+        made: list[Piece] = []
+        for item, number in members:
+            answer = item.media[number]
+            if not isinstance(answer, Text):
+                raise UserError(
+                    f"comparison {item.id!r}: medium {number} is no text; {self.source} learns from text answers."
+                )
+            made.append({"answer": torch.tensor(self._tokens(answer, f"comparison {item.id!r}, answer {number}"))})
+        return made
+
+    def assemble(self, prompts: Sequence[Piece], media: Sequence[Sequence[Piece]]) -> Encoded:
+        """Tokens of prompt and answer, one row an answer, comparison by comparison.
+
+        Returns:
+            x0 [N, L] int64, padded on the right; no x0_std; cond with `answer_mask` [N, L] bool, what the processor
+            gave for every token ([N, L]: `attention_mask`, `mm_token_type_ids`), and lists of N for the rest
+            (`pixel_values`, `image_grid_thw`; None for a row without pictures).
+        """
+        pairs = zip(prompts, media, strict=True)
+        return Encoded.cat([self._row(prompt, answer["answer"]) for prompt, answers in pairs for answer in answers])
 
     def _prompt(self, text: str, pictures: list[Any], where: str) -> dict[str, Tensor]:
         """The processor's output for everything up to where the answer begins."""
@@ -185,10 +208,10 @@ class VLMModality(Holder):
         ending = next((n for n, token in enumerate(ids) if token in self.ends), None)
         return [tokenizer.eos_token_id] if ending is None else ids[: ending + 1]
 
-    def _row(self, prompt: dict[str, Tensor], answer: list[int]) -> Encoded:
+    def _row(self, prompt: Piece, answer: Tensor) -> Encoded:
         """One sample; entries that go along the tokens are extended as for text: attended to, and no picture."""
         asked = prompt["input_ids"]
-        added = torch.tensor([answer], dtype=asked.dtype)
+        added = answer[None].to(asked.dtype)
         entries: dict[str, Any] = {
             "answer_mask": torch.cat([torch.zeros_like(asked), torch.ones_like(added)], 1).bool()
         }

@@ -54,7 +54,7 @@ def test_encode_gives_shifted_latents_and_both_embeddings(modality, pairs):
     assert encoded.x0.shape == encoded.x0_std.shape == (4, 16, 8, 8)
     assert encoded.cond["prompt_embeds"].shape == (4, 77 + 256, 24)
     assert encoded.cond["pooled_prompt_embeds"].shape == (4, 8 + 12)
-    pixels, _ = modality._crop(pairs[0].media[0])
+    pixels, _ = modality._crop(pairs[0], 0, modality.frame(pairs[0]))
     posterior = modality.pipeline.vae.encode(pixels[None]).latent_dist
     assert torch.allclose(encoded.x0[:1], (posterior.mean - 0.0609) * 1.5305, atol=1e-6)
     assert torch.allclose(encoded.x0_std[:1], posterior.std * 1.5305, atol=1e-6)
