@@ -1,302 +1,270 @@
 """Preference data in known layouts, read into comparisons.
 
-Layouts: a folder with `comparisons.jsonl` and pictures beside it; parquet in our own columns; parquet,
-Arrow or a Hub data set in the columns of Pick-a-Pic, or in those of TRL (text answers, to input pictures or to none).
-Pictures stay encoded until they are used, and those in parquet and Arrow stay on the disk.
+A data set is a folder with `comparisons.jsonl`; a .jsonl, .json or .csv file with media beside it; a folder of pairs,
+w/ and l/ or chosen/ and rejected/; parquet; Arrow; or a data set of the Hub. `layouts` says what their rows mean.
+Media stay encoded until they are used, and the rows of all but .csv files and folders of pairs stay on the disk.
 """
 
-import hashlib
-import json
-import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mmalign.data.export import write_comparisons
-from mmalign.records import Comparison, Text, UserError
+from mmalign.data.layouts import OURS, Layout, layout_of
+from mmalign.data.rows import Beside, Lines, Listed, Table, read_csv
+from mmalign.data.tables import read_table, share
+from mmalign.records import Comparison, UserError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-__all__ = ["Dataset", "read_comparisons", "write_comparisons"]
+__all__ = ["Comparisons", "Dataset", "LeftOut", "read_comparisons", "write_comparisons"]
 
 JSONL = "comparisons.jsonl"
-OURS = {"id", "prompt", "media", "score"}
-PICK_A_PIC = {"caption", "jpg_0", "jpg_1"}
-TRL = {"prompt", "chosen", "rejected"}
-SPLITS = ("train", "validation", "val", "test", "dev")
+LISTINGS = (".jsonl", ".json", ".csv")
+PAIRS = (("w", "l"), ("chosen", "rejected"))  # sd-scripts' pull request 1427; by name
+CAPTIONS = (".txt", ".caption")
+
+
+class LeftOut(NamedTuple):
+    """A row that gave no comparison.
+
+    Attributes:
+        row: As errors call it: lines count from 1, rows from 0.
+        id: The comparison's, or "".
+        reason: "tie" (all scores equal), "no_label", "repeated" (an id seen before), "identical" (all media the same),
+            "not_utf8", "missing_file" or "bad_row".
+        detail: What is wrong, for the last three.
+    """
+
+    row: int
+    id: str
+    reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Comparisons, and how many rows were read, kept and left out.
+    """Comparisons, and what became of every row.
 
     Attributes:
-        comparisons: Those that say something; an item's pictures are read when the item is.
-        counts: read = kept + ties (all scores equal) + no_label + repeated (an id seen before).
+        comparisons: Those that say something; an item's media are read when the item is. Its `rows` are [len] the
+            numbers of its items' rows.
+        counts: read = kept + ties + no_label + repeated + what else was left out, by its reason.
+        left_out: The rows left out, in order.
     """
 
     comparisons: Sequence[Comparison]
     counts: dict[str, int]
+    left_out: Sequence[LeftOut] = ()
 
 
-def read_comparisons(source: str | Path, *, split: str = "train", limit: int | None = None) -> Dataset:
+def read_comparisons(
+    source: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    fraction: float | None = None,
+    strict: bool = True,
+    aspect: str | None = None,
+) -> Dataset:
     """Read a data set whose layout is found out by looking.
 
     Args:
-        source: A folder, a .jsonl, .parquet or .arrow file, or the id of a data set on the Hub.
+        source: A folder, a .jsonl, .json, .csv, .parquet or .arrow file, or the id of a data set on the Hub.
         split: Which part, where files or the Hub name several.
-        limit: Read no more rows than this; they are then held in memory, and a Hub data set is streamed.
+        limit: Read no more rows than this, the first; of parquet and the Hub only these are fetched, and kept in the
+            cache of `datasets`.
+        fraction: Read this share of the rows, in (0, 1], rounded up; as `limit`.
+        strict: Raise at a bad row. Otherwise it is left out, counted and listed. In a table what is wrong with the
+            media shows only when the item is asked for: `comparisons[i]` then raises in either case.
+        aspect: Score by this aspect instead of overall.
 
     Raises:
-        UserError: Nothing there, an unknown layout, a bad row, or nothing left to learn from.
+        UserError: Nothing there, an unknown layout, a bad row if `strict`, or nothing left to learn from.
     """
-    path = Path(source)
-    listing = path / JSONL if path.is_dir() else path
-    if listing.suffix == ".jsonl" and listing.is_file():
-        rows = list(islice(_read_jsonl(listing), limit))
-        kept, counts = _keep((row.id, row.score) for row in rows)
-        comparisons: Sequence[Comparison] = [rows[number] for number in kept]
-    else:
-        table = _read_table(str(source), split, limit)
-        labels, make = _understand(table, str(source))
-        kept, counts = _keep(labels)
-        comparisons = _Rows(table, kept, make)
-    if not comparisons:
-        left_out = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"{source}: holds nothing to learn from ({left_out}); give data with a preference.")
-    return Dataset(comparisons, counts)
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"fraction {fraction}: must be above 0 and at most 1.")
+    rows, beside = _find(Path(source), split, limit, fraction)
+    everything = Comparisons(rows, _layout(rows), beside, aspect, np.arange(len(rows)))
+    kept, left_out = _sift(everything, strict)
+    counts = {"read": len(rows), "kept": len(kept), "ties": 0, "no_label": 0, "repeated": 0}
+    reasons = Counter("ties" if row.reason == "tie" else row.reason for row in left_out)
+    counts.update(reasons)
+    if not kept:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        first = next((f" The first: {row.detail}" for row in left_out if row.detail), "")
+        raise UserError(f"{source}: holds nothing to learn from ({listed}); give data with a preference.{first}")
+    return Dataset(everything[np.frombuffer(kept, np.int64)], counts, left_out)
 
 
-class _Rows(Sequence):
-    """Comparisons made from the rows of a table at the moment they are asked for."""
+class Comparisons(Sequence):
+    """Comparisons made from rows at the moment they are asked for; threads may share them."""
 
-    def __init__(self, table: "pa.Table", kept: list[int], make: Callable[[dict, int], Comparison]):
-        self.table, self.kept, self.make = table, kept, make
+    def __init__(
+        self, source: Lines | Listed | Table, layout: Layout, beside: Beside, aspect: str | None, kept: np.ndarray
+    ):
+        self.source, self.layout, self.beside, self.aspect, self.kept = source, layout, beside, aspect, kept
 
     def __len__(self):
         return len(self.kept)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return _Rows(self.table, self.kept[index], self.make)
-        number = self.kept[index]
-        return self.make(self.table.slice(number, 1).to_pylist()[0], number)
+    def __getitem__(self, index: Any) -> Any:
+        """A comparison; or, of a slice or an array of places, such a sequence.
 
-
-def _keep(labels: Iterable[tuple[str, Sequence[float] | None]]) -> tuple[list[int], dict[str, int]]:
-    """The numbers of the rows (id, scores) that prefer something, and the counts of all."""
-    seen: set[str] = set()
-    kept = []
-    counts = Counter(read=0, kept=0, ties=0, no_label=0, repeated=0)
-    for number, (name, score) in enumerate(labels):
-        if score is None:
-            fate = "no_label"
-        elif name in seen:
-            fate = "repeated"
-        elif len(score) > 1 and len(set(score)) == 1:
-            fate = "ties"
-        else:
-            fate = "kept"
-            kept.append(number)
-        seen.add(name)
-        counts.update(("read", fate))
-    return kept, dict(counts)
-
-
-def _comparison(where: str, **fields: Any) -> Comparison:
-    try:
-        return Comparison(**{name: value for name, value in fields.items() if value is not None})
-    except (UserError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-# --- comparisons.jsonl ---
-
-
-def _read_jsonl(path: Path) -> Iterable[Comparison]:
-    with path.open(encoding="utf-8-sig") as file:
+        Raises:
+            UserError: Its row is bad; `reason` says in a word how.
+        """
+        if isinstance(index, slice | np.ndarray):
+            return Comparisons(self.source, self.layout, self.beside, self.aspect, self.kept[index])
+        place = int(self.kept[index])
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _from_line(path, number, line)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8.") from error
+            return self.make(place, self.source[place], whole=True)
+        except UserError as error:
+            raise self.named(place, error) from error
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[len] int64 what errors call the items' rows: lines of a file from 1, rows of a table or list from 0."""
+        return self.source.numbers[self.kept]
+
+    def named(self, place: int, error: UserError) -> UserError:
+        """The error with the row's name before it."""
+        where = f"{self.source.name}, {self.source.unit} {self.source.numbers[place]}"
+        return UserError(f"{where}: {error}", error.reason)
+
+    def make(self, place: int, row: dict, whole: bool) -> Comparison | None:
+        """The comparison of a row, None without a label; a row that is not `whole` may lack its media.
+
+        Raises:
+            UserError: The row is bad.
+        """
+        try:
+            fields = self.layout.read(row, self.beside)
+            name = fields.get("id")
+            fields["id"] = self.source.key(place) if name is None else str(name)
+            fields["user"] = None if fields.get("user") is None else str(fields["user"])
+            if fields["score"] is None:
+                return None
+            same = fields.pop("same", False)
+            if self.aspect is not None:
+                fields["score"] = _aspect(fields, self.aspect)
+            if fields["media"] is None and not whole:
+                fields["media"] = [same or place for place in range(len(fields["score"]))]
+            if fields["media"] is None:
+                raise UserError("field media is missing or is no list; add it.")
+            (fields["id"] + fields["prompt"]).encode()
+            return Comparison(**{name: value for name, value in fields.items() if value is not None})
+        except UnicodeEncodeError as error:
+            raise UserError(f"is not UTF-8 text ({error}); mend or remove the row.", "not_utf8") from error
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{error}; the row is not as {self.layout.name} has it.") from error
 
 
-def _from_line(path: Path, number: int, line: str) -> Comparison:
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: is not JSON ({error}); write one object a line.") from error
-    for name, kind in {"prompt": str, "media": list, "score": list}.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where}: field {name} is missing or is no {kind.__name__}; add it.")
-    condition = row.get("condition")
-    return _comparison(
-        where,
-        id=row.get("id", hashlib.sha256(line.strip().encode()).hexdigest()[:24]),
-        prompt=row["prompt"],
-        media=[_beside(path, name, f"{where}: field media") for name in row["media"]],
-        score=row["score"],
-        weight=row.get("weight"),
-        user=row.get("user"),
-        condition=condition and tuple(_beside(path, name, f"{where}: field condition") for name in condition),
-        source=row.get("source"),
-        aspects=row.get("aspects"),
-    )
+def _aspect(fields: dict, name: str) -> Sequence[float]:
+    aspects = fields.get("aspects") or {}
+    if name not in aspects:
+        raise UserError(f"has no aspect {name!r}, but {', '.join(aspects) or 'none'}; choose one of these.")
+    return aspects[name]
 
 
-def _beside(listing: Path, name: Any, where: str) -> Path:
-    """The file `name` in the listing's folder; never one outside it, as listings are passed around."""
-    path = listing.parent / str(name)
-    if not path.resolve().is_relative_to(listing.parent.resolve()):
-        raise UserError(f"{where}: {name!r} lies outside the folder; give a path relative to {listing.name}.")
-    if not path.is_file():
-        raise UserError(f"{where}: there is no file {name!r}; add it, or remove the line.")
-    return path
-
-
-# --- tables: parquet, Arrow, the Hub ---
-
-
-def _read_table(source: str, split: str, limit: int | None) -> "pa.Table":
-    import datasets
-    import pyarrow as pa
-
-    path, streaming = Path(source), limit is not None
-    try:
-        if path.is_dir() and (path / "state.json").is_file():  # what save_to_disk writes
-            data = datasets.load_from_disk(source)
-        elif path.suffix == ".arrow" and path.is_file():
-            data = datasets.Dataset.from_file(source)
-        elif path.exists():
-            files = {split: _parquet_files(path, split)}
-            data = datasets.load_dataset("parquet", data_files=files, split=split, streaming=streaming)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
-            data = datasets.load_dataset(source, split=split, streaming=streaming)
+def _sift(everything: Comparisons, strict: bool) -> tuple[array, list[LeftOut]]:
+    """The places of the rows that prefer something, and the other rows."""
+    kept, left_out, seen = array("q"), [], set()
+    source = everything.source
+    for place, row in enumerate(source.scan()):
+        name = str(row.get("id", row.get("ranking_id", ""))) if isinstance(row, dict) else ""
+        reason, detail = "", ""
+        try:
+            if isinstance(row, UserError):
+                raise row
+            item = everything.make(place, row, whole=source.scans_whole)
+        except UserError as error:
+            if strict:
+                raise everything.named(place, error) from error
+            reason, detail = error.reason, str(everything.named(place, error))
         else:
-            raise UserError(f"{source}: there is no such file or folder; check the path.")
-        if limit is not None:
-            return pa.concat_tables(islice(data.with_format("arrow"), limit), promote_options="permissive")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        known = "cannot be read" if path.exists() else "is no path here and not to be had from the Hub"
-        raise UserError(f"{source} (split {split}): {known} ({reason}); check the name.") from error
-    return data.data.table
+            if item is None:
+                reason = "no_label"
+            else:
+                name = item.id
+                reason = _fate(item, seen)
+                seen.add(name)
+        if reason:
+            left_out.append(LeftOut(int(source.numbers[place]), name, reason, detail))
+        else:
+            kept.append(place)
+    return kept, left_out
 
 
-def _parquet_files(path: Path, split: str) -> list[str]:
-    """The parquet files of a split; a file whose name mentions no split belongs to every one."""
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files or not all(file.suffix == ".parquet" for file in files):
-        raise UserError(f"{path}: holds neither {JSONL} nor parquet files; see the known layouts in the guide.")
-    if path.is_file():
-        return [str(path)]
-
-    def split_of(file: Path) -> str:
-        words = [*file.relative_to(path).parent.parts, re.split(r"[-_.]", file.stem)[0]]
-        return next((word for word in words if word in SPLITS), split)
-
-    found = [str(file) for file in files if split_of(file) == split]
-    if not found:
-        there = ", ".join(sorted({split_of(file) for file in files}))
-        raise UserError(f"{path}: has no split {split!r}, but {there}; choose one of these.")
-    return found
+def _fate(item: Comparison, seen: set[str]) -> str:
+    if item.id in seen:
+        return "repeated"
+    if len(item.score) > 1 and len(set(item.score)) == 1:
+        return "tie"
+    if len(item.media) > 1 and all(medium == item.media[0] for medium in item.media[1:]):
+        return "identical"
+    return ""
 
 
-def _understand(table: "pa.Table", source: str) -> tuple[Iterable, Callable[[dict, int], Comparison]]:
-    """The (id, scores) of every row, and what makes a comparison of a row; found by the columns."""
-    columns = set(table.column_names)
-    if columns >= OURS:
-        labels = zip(*table.select(["id", "score"]).to_pydict().values(), strict=True)
-        return labels, lambda row, number: _from_ours(row, f"{source}, row {number}")
-    if columns >= PICK_A_PIC:
-        if "label_0" not in columns:
-            raise UserError(f"{source}: field label_0 is missing (1, 0, or 0.5 for a tie); add that column.")
-        labels = _pick_a_pic_labels(table, source)
-        return labels, lambda row, number: _from_pick_a_pic(row, number, labels[number], source)
-    if columns >= TRL:
-        return _trl_labels(table, source), lambda row, number: _from_trl(row, f"{source}, row {number}", str(number))
-    listed = [", ".join(sorted(names)) for names in (OURS, PICK_A_PIC, TRL)]
-    known = f"{listed[0]} (ours), {listed[1]}, label_0 (Pick-a-Pic) or {listed[2]} (TRL)"
-    raise UserError(f"{source}: has columns {', '.join(sorted(columns))}; needed are {known}.")
+def _layout(rows: Lines | Listed | Table) -> Layout:
+    if Path(rows.name).name == JSONL:
+        return OURS
+    for place in range(len(rows)):
+        try:
+            return layout_of(rows[place], rows.name)
+        except UserError as error:
+            if error.reason == "layout":
+                raise
+    return OURS  # no row can be read, which is what the reader will say
 
 
-def _from_ours(row: dict, where: str) -> Comparison:
-    aspects = {aspect["name"]: aspect["score"] for aspect in row.get("aspects") or ()}
-    condition = tuple(row["condition"]) if row.get("condition") else None
-    known = {name: row.get(name) for name in (*sorted(OURS), "weight", "user", "source")}
-    return _comparison(where, **known, condition=condition, aspects=aspects)
+# --- finding the rows ---
 
 
-def _pick_a_pic_labels(table: "pa.Table", source: str) -> list[tuple[str, tuple[float, float] | None]]:
-    columns = [name for name in ("ranking_id", "has_label") if name in table.column_names]
-    labels = []
-    for number, row in enumerate(table.select([*columns, "label_0"]).to_pylist()):
-        label = row["label_0"] if row.get("has_label", True) else None
-        if label not in (None, 0, 0.5, 1):
-            raise UserError(f"{source}, row {number}: field label_0 is {label}; it must be 0, 0.5 or 1.")
-        name = row.get("ranking_id")
-        labels.append((str(number if name is None else name), None if label is None else (label, 1 - label)))
-    return labels
+def _find(path: Path, split: str, limit: int | None, fraction: float | None) -> tuple[Any, Beside]:
+    listings = [path]
+    if path.is_dir():
+        listings = [path / JSONL, *(path / f"{split}{suffix}" for suffix in LISTINGS)]
+    for listing in listings:
+        if listing.suffix in LISTINGS and listing.is_file():
+            rows = read_csv(listing) if listing.suffix == ".csv" else Lines(listing)
+            return _first(rows, limit, fraction), Beside(listing.parent, (listing.stem, "images"))
+    for names in PAIRS:
+        if all((path / name).is_dir() for name in names):
+            return _first(_paired(path, *names), limit, fraction), Beside(path)
+    table = read_table(str(path), split, limit, fraction)
+    return Table(str(path), table), Beside(path if path.is_dir() else path.parent)
 
 
-def _from_pick_a_pic(row: dict, number: int, label: tuple, source: str) -> Comparison:
-    models = tuple(str(row.get(name) or "") for name in ("model_0", "model_1"))
-    return _comparison(
-        f"{source}, row {number}",
-        id=label[0],
-        prompt=row["caption"],
-        media=(row["jpg_0"], row["jpg_1"]),
-        score=label[1],
-        user=None if row.get("user_id") is None else str(row["user_id"]),
-        source=models if all(models) else (),
-    )
+def _first(rows: Any, limit: int | None, fraction: float | None) -> Any:
+    return rows.first(share(len(rows), limit, fraction))
 
 
-# --- TRL's prompt, chosen, rejected, images ---
+def _paired(path: Path, chosen: str, rejected: str) -> Listed:
+    """The pairs of two folders: files with the same stem, and a caption beside the chosen one or the rejected."""
+    files = [_by_stem(path / name) for name in (chosen, rejected)]
+    captions = {
+        stem: file for name in (rejected, chosen) for stem, file in _by_stem(path / name, captions=True).items()
+    }
+    rows = [_pair(path, stem, *files, captions) for stem in sorted(files[0].keys() | files[1].keys())]
+    return Listed(str(path), rows)
 
 
-def _trl_labels(table: "pa.Table", source: str) -> Iterable[tuple[str, tuple[float, float]]]:
-    """A row's number stands for its id: the same words about other pictures are another row."""
-    number = 0
-    for batch in table.select(["chosen", "rejected"]).to_batches():
-        for row in batch.to_pylist():
-            chosen, rejected = (_said(row, name, f"{source}, row {number}") for name in ("chosen", "rejected"))
-            yield str(number), (1.0, 1.0 if chosen == rejected else 0.0)
-            number += 1
+def _by_stem(folder: Path, captions: bool = False) -> dict[str, Path]:
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return {file.stem: file for file in files if (file.suffix in CAPTIONS) == captions}
 
 
-def _from_trl(row: dict, where: str, name: str) -> Comparison:
-    return _comparison(
-        where,
-        id=name,
-        prompt=_said(row, "prompt", where),
-        media=tuple(Text(_said(row, field, where)) for field in ("chosen", "rejected")),
-        score=(1.0, 0.0),
-        condition=tuple(row.get("images") or ()) or None,
-    )
-
-
-def _said(row: dict, name: str, where: str) -> str:
-    """The text of a field: a string, or a conversation of one turn, [{"role", "content"}].
-
-    Its content is a string or a list of parts; parts that stand for pictures are left out, as those are in `images`.
-    """
-    value = row.get(name)
-    role = "user" if name == "prompt" else "assistant"
-    if isinstance(value, list) and value:
-        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != role:
-            roles = ", ".join(str(turn.get("role")) if isinstance(turn, dict) else "text" for turn in value)
-            raise UserError(f"{where}: field {name} has the turns {roles}; only one turn of the {role} can be learned.")
-        value = value[0].get("content")
-        if isinstance(value, list):
-            value = "".join(part.get("text") or "" for part in value if isinstance(part, dict))
-    if not isinstance(value, str) or not (value or name == "prompt"):
-        raise UserError(f"{where}: field {name} is missing or holds no text; add it, or remove the row.")
-    return value
+def _pair(path: Path, stem: str, chosen: dict, rejected: dict, captions: dict) -> dict | UserError:
+    for found, what in ((chosen, "chosen file"), (rejected, "rejected file"), (captions, "caption (.txt)")):
+        if stem not in found:
+            return UserError(f"{stem!r} has no {what}; add it, or remove its other files.", "missing_file")
+    try:
+        prompt = captions[stem].read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        return UserError(f"{captions[stem].name} is not UTF-8 text ({error}); save it as UTF-8.", "not_utf8")
+    names = (found[stem].relative_to(path).as_posix() for found in (chosen, rejected))
+    return dict(zip(("id", "prompt", "chosen", "rejected"), (stem, prompt, *names), strict=True))

@@ -1,0 +1,256 @@
+"""Rows of files, read one at a time: lines, tables and lists under one interface.
+
+A source of rows has a `name`, `numbers` (what errors call its rows, each with `unit` before it), `key(index)` and
+`first(count)`. `rows[index]` is a row as a dict, whole; `scan()` gives every row, whole (`scans_whole`) or without
+the columns of encoded media. A row that cannot be read is a `UserError` with its reason: raised by `rows[index]`,
+an element of `scan()`. Sources hold no open file, so threads may share them, and what is large stays on the disk.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmalign.records import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCAN_ROWS = 1000  # rows of a table that a scan holds at once
+MEDIA = {"bytes", "path"}  # the fields of an encoded medium in the tables of `datasets`
+BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8
+
+_real = lru_cache(4096)(os.path.realpath)  # of folders: a call a file would cost more than the rest of a scan
+
+
+class Beside:
+    """Finds the files that a listing names: in its folder, never outside, as listings are passed around.
+
+    Args:
+        folder: The listing's folder.
+        within: Folders in it to look in as well.
+    """
+
+    def __init__(self, folder: str | Path, within: Sequence[str] = ()):
+        self.folder, self.within = Path(folder), ("", *within)
+
+    def __call__(self, name: Any, field: str = "media") -> Path:
+        """The file's path.
+
+        Raises:
+            UserError: It lies outside the folder, or there is none ("missing_file").
+        """
+        for within in self.within:
+            path = self.folder / within / str(name)
+            place = os.path.realpath(path) if path.is_symlink() else os.path.join(_real(path.parent), path.name)
+            if not place.startswith(os.path.join(_real(self.folder), "")):
+                raise UserError(f"field {field}: {name!r} lies outside the folder; give a path relative to it.")
+            if path.is_file():
+                return path
+        raise UserError(f"field {field}: there is no file {name!r}; add it, or remove the row.", "missing_file")
+
+
+class Lines:
+    """The rows of a .jsonl file, or the objects of a .json file's list: only their places are held in memory."""
+
+    scans_whole = True
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, str(path)
+        if path.suffix == ".jsonl":
+            self.unit, places = "line", _lines(path)
+        else:
+            self.unit, places = "row", _objects(path)
+        found = [array("q"), array("q"), array("q")]
+        for place in places:
+            for column, value in zip(found, place, strict=True):
+                column.append(value)
+        self.numbers, self.starts, self.stops = (np.frombuffer(column, np.int64) for column in found)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def key(self, index: int) -> str:
+        """A stable id for a row that has none: 24 hex digits of its content."""
+        return hashlib.sha256(self._bytes(index)).hexdigest()[:24]
+
+    def first(self, count: int) -> "Lines":
+        """The first so many rows."""
+        shorter = object.__new__(Lines)
+        cut = {name: getattr(self, name)[:count] for name in ("numbers", "starts", "stops")}
+        shorter.__dict__.update(self.__dict__ | cut)
+        return shorter
+
+    def _bytes(self, index: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            return file.read(self.stops[index] - self.starts[index]).strip()
+
+    def __getitem__(self, index: int) -> dict:
+        return self._parse(self._bytes(index))
+
+    def _parse(self, content: bytes) -> dict:
+        try:
+            row = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"is not UTF-8 text ({error}); save the file as UTF-8.", "not_utf8") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"is not JSON ({error}); write one object a {self.unit}.") from error
+        if not isinstance(row, dict):
+            raise UserError("field prompt is missing, as this is no object; write one object a row.")
+        return row
+
+    def scan(self) -> Iterator[dict | UserError]:
+        """Every row, or why it cannot be read."""
+        with self.path.open("rb") as file:
+            for start, stop in zip(self.starts, self.stops, strict=True):
+                file.seek(start)
+                yield _tried(self._parse, file.read(stop - start).strip())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Number from 1, first byte and end of every line that is not blank."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            stop = start + len(line)
+            if line.strip():
+                yield number, start + len(BOM) * (number == 1 and line.startswith(BOM)), stop
+            start = stop
+
+
+def _objects(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Number from 0, first byte and end of every value in a JSON list."""
+    text = path.read_bytes().decode("latin-1")  # one character a byte: JSON's own marks are ASCII
+    decoder, blank = json.JSONDecoder(), " \t\r\n,"
+    place = len(BOM) * text.startswith(BOM.decode("latin-1"))
+    place += len(text[place:]) - len(text[place:].lstrip())
+    if text[place : place + 1] != "[":
+        raise UserError(f"{path}: is no list of objects; write [{{…}}, {{…}}], or one object a line in a .jsonl file.")
+    place, number = place + 1, 0
+    while True:
+        while text[place : place + 1] and text[place] in blank:
+            place += 1
+        if text[place : place + 1] == "]":
+            return
+        try:
+            _, stop = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, row {number}: is not JSON ({error}); mend the file.") from error
+        yield number, place, stop
+        place, number = stop, number + 1
+
+
+class Listed:
+    """Rows that are held in memory: small ones, of a .csv file or of a folder's names."""
+
+    scans_whole = True
+
+    def __init__(self, name: str, rows: Sequence[dict | UserError], numbers: Iterable[int] = (), unit: str = "row"):
+        self.name, self.rows, self.unit = name, rows, unit
+        self.numbers = np.asarray(list(numbers) or range(len(rows)), np.int64)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        """A stable id for a row that has none: 24 hex digits of its content."""
+        return hashlib.sha256(repr(sorted(self[index].items())).encode(errors="replace")).hexdigest()[:24]
+
+    def first(self, count: int) -> "Listed":
+        """The first so many rows."""
+        return Listed(self.name, self.rows[:count], self.numbers[:count], self.unit)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        if isinstance(row, UserError):
+            raise row
+        return row
+
+    def scan(self) -> Iterator[dict | UserError]:
+        """Every row, or why it cannot be read."""
+        return iter(self.rows)
+
+
+def read_csv(path: Path) -> Listed:
+    """The rows of a .csv file whose first line names the columns; all values are text."""
+    rows: list[dict | UserError] = []
+    numbers = []
+    # a byte that is not UTF-8 is the matter of its row, which the reader of comparisons finds
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                numbers.append(reader.line_num)
+                rows.append(row if None not in (row.keys() | set(row.values())) else _uneven(reader))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); mend the file.") from error
+    return Listed(str(path), rows, numbers, "line")
+
+
+def _uneven(reader: csv.DictReader) -> UserError:
+    return UserError(f"has not {len(reader.fieldnames or ())} values as the first line has; mend or remove it.")
+
+
+class Table:
+    """The rows of an Arrow table, which stays on the disk where it lies there."""
+
+    unit, scans_whole = "row", False
+
+    def __init__(self, name: str, table: "pa.Table"):
+        self.name, self.table = name, table
+        self.numbers = np.arange(len(table))
+
+    def __len__(self):
+        return len(self.table)
+
+    def key(self, index: int) -> str:
+        """An id for a row that has none: its number, as the content is not read for it."""
+        return str(index)
+
+    def first(self, count: int) -> "Table":
+        """The first so many rows."""
+        return Table(self.name, self.table.slice(0, count))
+
+    def __getitem__(self, index: int) -> dict:
+        return _row(self.table.slice(index, 1))
+
+    def scan(self) -> Iterator[dict | UserError]:
+        """Every row without the columns that hold encoded media, or why it cannot be read."""
+        light = [field.name for field in self.table.schema if not _is_media(field.type)]
+        for batch in self.table.select(light).to_batches(max_chunksize=SCAN_ROWS):
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:
+                yield from (_tried(_row, batch.slice(index, 1)) for index in range(len(batch)))
+
+
+def _is_media(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_media(kind.value_type)
+    if pa.types.is_struct(kind):
+        return {field.name for field in kind} <= MEDIA
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _row(one: "pa.Table | pa.RecordBatch") -> dict:
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 text ({error}); mend or remove the row.", "not_utf8") from error
+
+
+def _tried(make: Any, *args: Any) -> Any:
+    try:
+        return make(*args)
+    except UserError as error:
+        return error

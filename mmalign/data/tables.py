@@ -1,0 +1,125 @@
+"""Parquet, Arrow and Hub data sets as one Arrow table that stays on the disk."""
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.records import UserError
+from mmalign.storage import atomic_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPLITS = ("train", "validation", "val", "test", "dev")
+STREAM_ROWS = 100  # rows of a stream that are held at once
+
+
+def share(count: int, limit: int | None, fraction: float | None) -> int:
+    """How many of `count` rows are wanted: the first `fraction`, rounded up, and at most `limit`."""
+    wanted = math.ceil(round(count * (fraction or 1), 6))  # rounded: 0.1 * 30 is a little over 3
+    return wanted if limit is None else min(wanted, limit)
+
+
+def read_table(source: str, split: str, limit: int | None = None, fraction: float | None = None) -> "pa.Table":
+    """The rows of a parquet file or folder, an Arrow file, what `save_to_disk` wrote, or a data set of the Hub.
+
+    With `limit` or `fraction` a data set that is parquet or on the Hub is streamed: the first rows alone are fetched,
+    into a file in the cache of `datasets`.
+
+    Raises:
+        UserError: Nothing there, or it cannot be read.
+    """
+    import datasets
+
+    path = Path(source)
+    try:
+        if path.suffix == ".arrow" and path.is_file():
+            data = datasets.Dataset.from_file(source)
+        elif (path / "state.json").is_file():  # what save_to_disk writes
+            data = datasets.load_from_disk(source)
+        elif (path / "dataset_dict.json").is_file():
+            data = _split_of(datasets.load_from_disk(source), split, source)
+        else:
+            return _built(source, split, limit, fraction)
+        table = data.data.table
+        return table.slice(0, share(len(table), limit, fraction))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        known = "cannot be read" if path.exists() else "is no path here and not to be had from the Hub"
+        raise UserError(f"{source} (split {split}): {known} ({reason}); check the name.") from error
+
+
+def _split_of(parts: Any, split: str, source: str) -> Any:
+    if split not in parts:
+        raise UserError(f"{source}: has no split {split!r}, but {', '.join(sorted(parts))}; choose one of these.")
+    return parts[split]
+
+
+def _built(source: str, split: str, limit: int | None, fraction: float | None) -> "pa.Table":
+    import datasets
+
+    path, files = Path(source), []
+    if path.exists():
+        files = _parquet_files(path, split)
+        named: tuple[Any, ...] = ("parquet", None, None, {split: files})
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
+        named = (source,)
+    else:
+        raise UserError(f"{source}: there is no such file or folder; check the path.")
+    if limit is None and fraction in (None, 1):
+        return datasets.load_dataset(*named, split=split).data.table
+    builder = datasets.load_dataset_builder(*named)
+    if fraction is not None:
+        limit = share(_published(builder, split, files, source), limit, fraction)
+    return _first(builder, split, limit)
+
+
+def _published(builder: Any, split: str, files: list[str], source: str) -> int:
+    """The number of rows of a split, without reading it."""
+    import pyarrow.parquet as pq
+
+    if files:
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    count = getattr((builder.info.splits or {}).get(split), "num_examples", None)
+    if not count:
+        raise UserError(f"{source}: does not publish how many rows split {split} has; give a number of rows instead.")
+    return count
+
+
+def _first(builder: Any, split: str, count: int) -> "pa.Table":
+    """The first rows of a stream, kept beside the builder's other files so that they are fetched once."""
+    import datasets
+    import pyarrow as pa
+
+    path = Path(builder.cache_dir) / f"{split}-first-{count}.arrow"
+    if not path.is_file():
+        stream = builder.as_streaming_dataset(split=split).with_format("arrow").take(count)
+        tables = stream.iter(batch_size=STREAM_ROWS)
+        first = next(tables, pa.table({}))
+        with atomic_file(path) as temp, pa.ipc.new_stream(temp, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table.cast(first.schema))
+    return datasets.Dataset.from_file(str(path)).data.table
+
+
+def _parquet_files(path: Path, split: str) -> list[str]:
+    """The parquet files of a split; a file whose name mentions no split belongs to every one."""
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files or not all(file.suffix == ".parquet" for file in files):
+        raise UserError(
+            f"{path}: holds neither comparisons.jsonl nor parquet files; see the known layouts in the guide."
+        )
+    if path.is_file():
+        return [str(path)]
+
+    def split_of(file: Path) -> str:
+        words = [*file.relative_to(path).parent.parts, re.split(r"[-_.]", file.stem)[0]]
+        return next((word for word in words if word in SPLITS), split)
+
+    found = [str(file) for file in files if split_of(file) == split]
+    if not found:
+        there = ", ".join(sorted({split_of(file) for file in files}))
+        raise UserError(f"{path}: has no split {split!r}, but {there}; choose one of these.")
+    return found
