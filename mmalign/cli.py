@@ -19,7 +19,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   train RECIPE          align a model; every field of the recipe is a flag
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
   user make|blend       a user's embedding from four pairs; a taste between two users
-  score PATH            score a picture or a folder of pictures
+  score PATH            score pictures, tables, candidates or comparisons
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers               list the bundled scorers
   demo                  compare base and aligned model in the browser
@@ -112,18 +112,21 @@ def score(
     scorer: tuple[str, ...] = (),
     prompt: str | None = None,
     output: str | None = None,
+    num_workers: int = 4,
 ) -> None:
-    """Scores pictures; prints a table and writes it as CSV.
+    """Scores pictures, tables of them, candidates or comparisons; call it again to go on where it was stopped.
 
     Args:
-        path: a picture, or a folder of pictures.
+        path: a picture, a folder or glob of pictures, a table (parquet, csv, jsonl) with a prompt and a picture a row,
+            a candidates folder, or a data set of comparisons.
         scorer: see mmalign scorers; once or more; default embedded-hps.
-        prompt: for all pictures; without it each picture's prompt is the text file beside it (fox.png, fox.txt).
-        output: CSV file; default scores.csv in the folder.
+        prompt: for all pictures; without it a picture's prompt is in its row, or in the text file beside it (fox.txt).
+        output: .csv or .parquet; default scores.csv for pictures, else scores.parquet.
+        num_workers: threads that decode ahead.
     """
-    from mmalign.commands import score_pictures
+    from mmalign.commands import score_media
 
-    score_pictures(path, scorer or ("embedded-hps",), prompt, output)
+    score_media(path, scorer or ("embedded-hps",), prompt, output, num_workers)
 
 
 def recipes(argv: Sequence[str]) -> None:

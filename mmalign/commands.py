@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mmalign
-from mmalign import storage
 from mmalign.console import stage, table
-from mmalign.records import UserError, open_image
+from mmalign.records import UserError
+
+SHOWN_ROWS = 50  # of the scores, one by one; more are summed up
 
 
 def quiet_libraries() -> None:
@@ -203,58 +204,61 @@ def _embedding(aligned: str, user: str | None, users: str | None) -> Any:
     return known[user]
 
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-def score_pictures(path: str, scorers: Sequence[str], prompt: str | None, output: str | None) -> None:
-    """What `mmalign score` does. A picture that does not decode is a row with its reason in the column `error`.
+def score_media(
+    path: str, scorers: Sequence[str], prompt: str | None, output: str | None, num_workers: int = 4
+) -> None:
+    """What `mmalign score` does, in one process or as one of those that `accelerate launch` starts.
 
     Raises:
-        UserError: nothing at the path, a prompt is missing, or no picture could be scored.
+        UserError: nothing at the path, a prompt is missing, or no medium could be scored.
     """
-    source = Path(path)
-    if not source.exists():
-        raise UserError(f"{path}: no such picture or folder.")
-    files = [source] if source.is_file() else sorted(f for f in source.rglob("*") if f.suffix.lower() in PICTURES)
-    if not files:
-        raise UserError(f"{path}: has no pictures ({', '.join(sorted(PICTURES))}).")
-    judges = {name: mmalign.load_scorer(name) for name in scorers}
-    rows = [{"file": str(file), "prompt": prompt or _beside(file)} for file in files]
-    for start in range(0, len(rows), 256):
-        _score_rows(rows[start : start + 256], judges)
-    target = Path(output) if output else (source if source.is_dir() else source.parent) / "scores.csv"
-    with storage.atomic_file(target) as temp, temp.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["file", "prompt", *judges, "error"])
-        writer.writeheader()
-        writer.writerows(rows)
-    shown = [
-        [Path(row["file"]).name, *(f"{row[n]:.4f}" if n in row else "" for n in judges), row.get("error", "")]
-        for row in rows
-    ]
-    table(f"Scores of {len(rows)} pictures", ["picture", *judges, "error"], shown[:50])
-    failed = sum("error" in row for row in rows)
-    print(f"{len(rows) - failed} scored, {failed} not decoded; all rows are in {target}.")
-    if failed == len(rows):
+    from accelerate import PartialState
+
+    from mmalign.data.media import open_source
+    from mmalign.data.score import score_media as score_all
+
+    source = open_source(path, prompt)
+    processes = PartialState()
+    judges: dict[str, Any] = {}
+    for name in scorers:
+        judge = mmalign.load_scorer(name, processes.device)
+        judges[judge.card.name] = judge
+    shared = {
+        "num_workers": num_workers,
+        "rank": processes.process_index,
+        "world_size": processes.num_processes,
+        "barrier": processes.wait_for_everyone,
+    }
+    if not processes.is_main_process:
+        score_all(source, judges, output, **shared)
+        return
+    started = time.monotonic()
+    with stage("Scores", source.total) as advance:
+        target = score_all(source, judges, output, advance=advance, **shared)
+    _show_scores(path, target, list(judges), time.monotonic() - started)
+
+
+def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float) -> None:
+    from mmalign.data.score import failures, read_scores, summary
+
+    count, failed = failures(target)
+    if count <= SHOWN_ROWS:
+        rows = [
+            [
+                Path(row.get("file") or row["id"]).name,
+                *("" if row[name] is None else f"{row[name]:.4f}" for name in scorers),
+                row["error"] or "",
+            ]
+            for row in read_scores(target)
+        ]
+        table(f"Scores of {count} pictures", ["picture", *scorers, "error"], rows)
+    else:
+        rows = [
+            [name, model or "all", f"{n:,}", *("" if value is None else f"{value:.4f}" for value in values)]
+            for model, found in summary(target, scorers).items()
+            for name, (n, *values) in found.items()
+        ]
+        table(f"Scores of {count:,} pictures", ["scorer", "model", "n", "mean", "min", "max"], rows)
+    print(f"{count - failed} scored, {failed} not decoded; all rows are in {target}. {count / seconds:.1f} rows/s")
+    if failed == count:
         raise UserError(f"{path}: none of its pictures could be decoded.")
-
-
-def _beside(file: Path) -> str:
-    text = file.with_suffix(".txt")
-    if not text.is_file():
-        raise UserError(f"{file}: has no prompt; give --prompt, or put it into {text.name} beside the picture.")
-    return text.read_text(encoding="utf-8").strip()
-
-
-def _score_rows(rows: list[dict[str, Any]], judges: dict[str, Any]) -> None:
-    """Decodes once for all scorers and writes scores or the error into the rows."""
-    opened = []
-    for row in rows:
-        try:
-            opened.append((row, open_image(row["file"])))
-        except UserError as error:
-            row["error"] = str(error)
-    if opened:
-        for name, judge in judges.items():
-            scores = judge.score([picture for _, picture in opened], [row["prompt"] for row, _ in opened])
-            for (row, _), value in zip(opened, scores.tolist(), strict=True):
-                row[name] = value

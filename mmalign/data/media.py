@@ -1,0 +1,307 @@
+"""What can be scored: media with their prompts, streamed from wherever they lie.
+
+A picture, a folder or glob of pictures, a table (parquet, CSV, JSONL, the `metadata.jsonl` of an imagefolder), a
+candidates folder, or comparisons in any layout that `read_comparisons` knows.
+"""
+
+import csv
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.candidates import candidate_ids, is_candidates, read_candidates
+from mmalign.data.importers import read_comparisons
+from mmalign.records import UserError
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+TABLES = {".parquet", ".csv", ".jsonl"}
+MEDIUM = ("file_name", "image", "file", "path", "jpg")  # columns that hold the picture; the first that is there counts
+PROMPT = ("prompt", "caption", "text")
+SCORES = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One medium to score.
+
+    Attributes:
+        medium: Still encoded: bytes, a path, a PIL image, or `Text`; or the error that came in its place.
+        prompt: None where the row has none.
+        columns: What stands in the row's line of scores, prompt included.
+        where: Its name in an error.
+    """
+
+    medium: Any
+    prompt: str | None
+    columns: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Media to score.
+
+    Attributes:
+        name: As the user gave it.
+        kind: pictures, table, candidates or comparisons.
+        fields: Column of the scores -> "string" or "int64".
+        total: Number of rows; of comparisons as if all were pairs, as it is for the bar alone.
+        rows: Starts to read them, in a fixed order.
+        output: Where the scores go by default.
+    """
+
+    name: str
+    kind: str
+    fields: dict[str, str]
+    total: int
+    rows: Callable[[], Iterable[Row]]
+    output: Path
+
+
+def open_source(path: str | Path, prompt: str | None = None) -> Source:
+    """Finds out what lies at `path` and counts it; its media are read later, as they are asked for.
+
+    Args:
+        path: A picture, folder, glob, table, candidates folder or data set of comparisons.
+        prompt: For all pictures, or all rows of a table; it goes before the one that they have.
+
+    Raises:
+        UserError: Nothing there, an unknown layout, or a picture without a prompt.
+    """
+    name, path = str(path), Path(path)
+    if is_candidates(path):
+        return _candidates(name, path)
+    if path.suffix.lower() in PICTURES and path.is_file():
+        return _pictures(name, lambda: [str(path)], prompt, path.parent)
+    if not path.exists() and glob.has_magic(name):
+        return _globbed(name, prompt)
+    files = table_files(path)
+    if files and medium_column(column_names(files[0])):
+        return _table(name, files, prompt)
+    if path.is_dir() and not files and not _is_comparisons(path):
+        return _pictures(name, lambda: _walk(path), prompt, path)
+    if not path.exists() and (name.count("/") != 1 or path.parent.is_dir()):
+        raise UserError(f"{name}: no such picture or folder.")
+    return _comparisons(name, path)
+
+
+def default_scores(path: str | Path) -> Path:
+    """Where the scores of candidates, of a table or of comparisons go.
+
+    In a candidates folder and beside a file; beside another folder too, as its own parquet files are the data.
+    """
+    path = Path(path)
+    if is_candidates(path):
+        return path / SCORES
+    if path.is_dir():
+        return path.resolve().parent / f"{path.resolve().name}.{SCORES}"
+    return path.parent / SCORES if path.exists() else Path(SCORES)
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether rows of one medium each lie at `path`, and no comparisons."""
+    files = table_files(Path(path))
+    return bool(files) and medium_column(column_names(files[0])) is not None
+
+
+# --- tables ---
+
+
+def table_files(path: Path) -> list[Path]:
+    """The files of a table: itself, a folder's `metadata.jsonl` or `.csv`, or its parquet files."""
+    if path.is_file():
+        return [path] if path.suffix in TABLES else []
+    listed = [path / f"metadata{ending}" for ending in (".jsonl", ".csv") if (path / f"metadata{ending}").is_file()]
+    return listed[:1] or sorted(path.rglob("*.parquet"))
+
+
+def column_names(file: Path) -> list[str]:
+    """Of a table's file, found in its header or first row."""
+    if file.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_schema(file).names
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); check the file.") from error
+    return list(next(iter(table_rows(file)), {}))
+
+
+def medium_column(names: Iterable[str]) -> str | None:
+    """The column that holds the picture."""
+    names = set(names)
+    return next((name for name in MEDIUM if name in names), None)
+
+
+def prompt_column(names: Iterable[str]) -> str | None:
+    """The column that holds the prompt."""
+    names = set(names)
+    return next((name for name in PROMPT if name in names), None)
+
+
+def table_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet, CSV or JSONL file, one after the other.
+
+    Raises:
+        UserError: A line that is no JSON object, text that is not UTF-8, or a damaged file.
+    """
+    if file.suffix == ".parquet":
+        yield from _parquet_rows(file)
+        return
+    number = 0
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            if file.suffix == ".csv":
+                for number, row in enumerate(csv.DictReader(stream)):  # noqa: B007 the number is for the error
+                    yield {name: value or None for name, value in row.items() if name}
+                return
+            for number, line in enumerate(stream):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{file}, line {number + 1}: is no JSON object; write one object a line.")
+                    yield row
+    except (ValueError, csv.Error) as error:  # ValueError: not JSON, not UTF-8
+        raise UserError(f"{file}, line {number + 1}: cannot be read ({error}); mend that line.") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:  # pages as they are needed
+            for batch in table.iter_batches(64):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); check the file.") from error
+
+
+def _count(file: Path) -> int:
+    """Rows of a file; text is read through, so that a bad line shows before hours of scoring."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(file).num_rows
+    return sum(1 for _ in table_rows(file))
+
+
+def beside(value: Any, folder: Path) -> Any:
+    """What a table's cell says of a picture: bytes, or a path that is looked up in the table's folder first."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return folder / value if (folder / value).is_file() else Path(value)
+    return value
+
+
+def _table(name: str, files: Sequence[Path], prompt: str | None) -> Source:
+    names = column_names(files[0])
+    asked = prompt_column(names)
+    if asked is None and prompt is None:
+        raise UserError(f"{name}: has no column {' or '.join(PROMPT)}; add one, or give --prompt for all rows.")
+    kept = {field: "string" for field in ("model", "user") if field in names}
+    fields = {"id": "string", "prompt": "string", **kept, "number": "int64", "file": "string"}
+    column = medium_column(names)
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for file in files:
+            for row in table_rows(file):
+                medium = beside(row.get(column), file.parent)
+                said = prompt if prompt is not None else row.get(asked)
+                path = str(medium) if isinstance(medium, Path) else None
+                told = {field: None if row.get(field) is None else str(row[field]) for field in kept}
+                key = str(number if row.get("id") is None else row["id"])
+                columns = {"id": key, "prompt": said, **told, "number": number, "file": path}
+                yield Row(medium, said, columns, path or f"{name}, row {number}")
+                number += 1
+
+    place = Path(name) if Path(name).exists() else files[0]
+    return Source(name, "table", fields, sum(map(_count, files)), rows, default_scores(place))
+
+
+# --- pictures ---
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The pictures below a folder, folder by folder; hidden ones are left alone."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(root, name) for name in sorted(names) if Path(name).suffix.lower() in PICTURES)
+
+
+def _globbed(name: str, prompt: str | None) -> Source:
+    found = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+    endings = {Path(file).suffix.lower() for file in found}
+    if found and endings <= TABLES:
+        return _table(name, [Path(file) for file in found], prompt)
+    pictures = [file for file in found if Path(file).suffix.lower() in PICTURES]
+    return _pictures(name, lambda: pictures, prompt, Path(pictures[0]).parent if pictures else Path())
+
+
+def _pictures(name: str, files: Callable[[], Iterable[str]], prompt: str | None, folder: Path) -> Source:
+    total = 0
+    for file in files():
+        total += 1
+        if prompt is None and not Path(file).with_suffix(".txt").is_file():
+            text = Path(file).with_suffix(".txt").name
+            raise UserError(f"{file}: has no prompt; give --prompt, or put it into {text} beside the picture.")
+    if not total:
+        raise UserError(f"{name}: has no pictures ({', '.join(sorted(PICTURES))}).")
+
+    def rows() -> Iterator[Row]:
+        for file in files():
+            said = prompt if prompt is not None else Path(file).with_suffix(".txt").read_text(encoding="utf-8").strip()
+            yield Row(Path(file), said, {"file": file, "prompt": said}, file)
+
+    return Source(name, "pictures", {"file": "string", "prompt": "string"}, total, rows, folder / "scores.csv")
+
+
+# --- candidates and comparisons ---
+
+
+def _candidates(name: str, folder: Path) -> Source:
+    texts, numbers = dict.fromkeys(("id", "prompt", "model"), "string"), {"seed": "int64"}
+
+    def rows() -> Iterator[Row]:
+        for one in read_candidates(folder):
+            columns = {field: getattr(one, field) for field in fields}
+            yield Row(one.medium, one.prompt, columns, f"candidate {one.id}")
+
+    fields = {**texts, **numbers, "user": "string", "number": "int64"}
+    return Source(name, "candidates", fields, sum(1 for _ in candidate_ids(folder)), rows, folder / SCORES)
+
+
+def _is_comparisons(folder: Path) -> bool:
+    """Whether a folder without parquet files is a data set and not just pictures."""
+    sides = (("w", "l"), ("chosen", "rejected"))
+    listed = (folder / "comparisons.jsonl").is_file() or any(folder.rglob("*.arrow"))
+    return listed or any(all((folder / side).is_dir() for side in pair) for pair in sides)
+
+
+def _comparisons(name: str, path: Path) -> Source:
+    """Member k of comparison i is a row; human ties are no comparisons, so they are not scored."""
+    comparisons = read_comparisons(name, strict=False).comparisons
+    texts = dict.fromkeys(("prompt", "model", "user"), "string")
+    fields = {"id": "string", "member": "int64", **texts, "number": "int64"}
+
+    def rows() -> Iterator[Row]:
+        for number in range(len(comparisons)):
+            try:
+                item = comparisons[number]
+            except UserError as error:  # a bad row of a table shows when it is read
+                yield Row(error, "", dict.fromkeys(fields) | {"number": number}, f"{name}, row {number}")
+                continue
+            for member, medium in enumerate(item.media):
+                model = item.source[member] if item.source else None
+                columns = {"id": item.id, "member": member, "prompt": item.prompt, "model": model}
+                columns |= {"user": item.user, "number": number}
+                yield Row(medium, item.prompt, columns, f"comparison {item.id!r}, picture {member}")
+
+    return Source(name, "comparisons", fields, 2 * len(comparisons), rows, default_scores(path))

@@ -1,0 +1,349 @@
+"""Scores of media by one scorer or several: streamed, resumable, the same from one process or many.
+
+Rows are scored in parts of `PART_ROWS`, each a small file in a hidden folder beside the output. A part is named by what
+stands in it, so a second call finds what a killed one left. When all are there, they are joined in the order of the
+rows and the folder goes.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmalign.data.media import Row, Source
+from mmalign.records import Text, UserError, open_image
+from mmalign.scoring.scorer import Card, Scorer
+from mmalign.scoring.weights import find
+from mmalign.storage import atomic_file, read_json, sha256, sweep, write_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PART_ROWS, BATCH_ROWS = 256, 32  # rows that a killed run loses at most, and that a scorer is given at once
+GROUP_ROWS = 2**16  # rows of scores in a row group of the output
+HEADER = b"mmalign"
+
+
+def score_media(
+    source: Source,
+    judges: Mapping[str, Scorer],
+    output: str | Path | None = None,
+    *,
+    num_workers: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], Any] = lambda: None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Path | None:
+    """Scores every medium of a source and writes the table.
+
+    Its columns are the source's, a float64 column a scorer, and `error`: why a row has no scores, or null. In a parquet
+    table of candidates, the scores of a candidate that has some are kept, also those of scorers that are not asked now.
+
+    Args:
+        source: What to score, see `mmalign.data.media.open_source`.
+        judges: Name -> scorer; a picture is decoded once for all of them.
+        output: A .csv or .parquet file; default the source's.
+        num_workers: Threads that decode ahead.
+        rank: This process, in [0, world_size); it scores every world_size-th part.
+        world_size: Number of processes; they share the output's disk.
+        barrier: Waits for all processes.
+        advance: Is told how many rows were just passed.
+
+    Returns:
+        The table's path; None on all ranks but the first.
+
+    Raises:
+        UserError: Texts or nothing at all, or scorers of something else than pictures; an output of another kind.
+    """
+    target = Path(output) if output else source.output
+    if target.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{target}: scores are written as .csv or .parquet; end the name with one of them.")
+    other = [f"{name} judges {judge.card.judges}" for name, judge in judges.items() if judge.card.judges != "image"]
+    if other:
+        raise UserError(f"{', '.join(other)}: mmalign score is for scorers of pictures; choose another.")
+    first = next(iter(source.rows()), None)
+    if first is None:
+        raise UserError(f"{source.name}: has no rows to score.")
+    if isinstance(first.medium, Text):
+        raise UserError(f"{source.name}: holds texts, which scorers of pictures ({', '.join(judges)}) cannot judge.")
+    header = {"source": source.name, **provenance(judges)}
+    known = Known(target if source.kind == "candidates" else None, header)
+    folder = target.with_name(f".{target.name}.parts")
+    if rank == 0:
+        _prepare(folder, header)
+    barrier()
+    names: list[str] = []
+    schema = _schema(source, [*known.kept, *judges], header)
+    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
+        todo = _todo(source, folder, names, (rank, world_size), advance)
+        prepared = _ahead(pool, ((part, row, known.of(row)) for part, row in todo), judges)
+        for part, rows in groupby(prepared, key=lambda one: one[0]):
+            _write_part(part, list(_judged(rows, judges)), schema)
+    barrier()
+    if rank:
+        return None
+    _join([folder / f"{name}.parquet" for name in names], target, schema)
+    shutil.rmtree(folder)
+    return target
+
+
+def provenance(judges: Mapping[str, Scorer]) -> dict[str, Any]:
+    """What the scores depend on: each scorer's family, weights (sha256) and preprocessing, and the versions."""
+    versions = {name: version(name) for name in ("mmalign", "torch", "open_clip_torch", "pillow")}
+    return {"scorers": {name: _facts(judge.card) for name, judge in judges.items()}, "versions": versions}
+
+
+def _facts(card: Card) -> dict[str, Any]:
+    weights = {
+        source["file"]: source.get("sha256") or sha256(find(card, source))
+        for source in (card.weights, card.score.get("head") or {})
+        if "file" in source
+    }
+    facts = {"name": card.name, "family": card.family, "model": card.model, "preprocess": card.preprocess}
+    return json.loads(json.dumps({**facts, "score": card.score, "weights": weights}, default=str))
+
+
+def read_header(scores: Path) -> dict[str, Any]:
+    """The provenance in a table of scores; empty where there is none."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(scores).metadata if scores.suffix == ".parquet" else None
+    return json.loads((metadata or {}).get(HEADER, b"{}"))
+
+
+class Known:
+    """Scores of candidates that stand in the output already: a candidate's id says all that its scores depend on.
+
+    Attributes:
+        kept: Scorers of the output that are not asked for now; their columns stay.
+    """
+
+    def __init__(self, scores: Path | None, header: dict[str, Any]):
+        self.kept: list[str] = []
+        self.names: list[str] = []
+        if scores is None or scores.suffix != ".parquet" or not scores.is_file():
+            return
+        import pyarrow.parquet as pq
+
+        former = read_header(scores).get("scorers", {})
+        asked = header["scorers"]
+        self.kept = [name for name in former if name not in asked]
+        self.names = [name for name in former if asked.get(name, former[name]) == former[name]]
+        header["scorers"] = {name: former[name] for name in self.kept} | asked
+        if self.names:
+            table = pq.read_table(scores, columns=["id", *self.names])
+            ids = np.fromiter((_number(one.as_py()) for one in table["id"]), np.uint64, len(table))
+            order = np.argsort(ids)
+            self.ids = ids[order]
+            self.values = [table[name].to_numpy()[order] for name in self.names]
+
+    def of(self, row: Row) -> dict[str, float]:
+        """Scorer -> score of a row, as far as they are known."""
+        if not self.names:
+            return {}
+        number = _number(row.columns["id"])
+        place = np.searchsorted(self.ids, number)
+        if place == len(self.ids) or self.ids[place] != number:
+            return {}
+        found = {name: float(column[place]) for name, column in zip(self.names, self.values, strict=True)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _number(key: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
+
+
+# --- parts ---
+
+
+def _prepare(folder: Path, header: dict[str, Any]) -> None:
+    """An empty folder for parts, or what a killed run with the same scorers left."""
+    asked = folder / "asked.json"
+    if asked.is_file() and read_json(asked) != header:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    write_json(asked, header)
+
+
+def _todo(
+    source: Source, folder: Path, names: list[str], share: tuple[int, int], advance: Callable[[int], Any]
+) -> Iterator[tuple[Path, Row]]:
+    """This process' rows with their part's path, without the parts that are there; all parts go into `names`."""
+    rank, world_size = share
+    rows = iter(source.rows())
+    while block := list(islice(rows, PART_ROWS)):
+        mine = len(names) % world_size == rank
+        names.append(_name(block))
+        path = folder / f"{names[-1]}.parquet"
+        if mine and not path.is_file():
+            yield from ((path, row) for row in block)
+        advance(len(block))
+
+
+def _name(rows: Sequence[Row]) -> str:
+    """The hash of what the rows hold; a candidate's id is one already."""
+    digest = hashlib.blake2b(digest_size=12)
+    for row in rows:
+        digest.update(json.dumps(row.columns).encode())
+        if not ("seed" in row.columns and "id" in row.columns):
+            digest.update(_content(row.medium))
+    return digest.hexdigest()
+
+
+def _content(medium: Any) -> bytes:
+    """What tells a medium from another: the bytes, or a file's name, size and time."""
+    if isinstance(medium, Mapping):
+        medium = medium.get("bytes") or medium.get("path")
+    if isinstance(medium, bytes):
+        return hashlib.blake2b(medium).digest()
+    if isinstance(medium, str | Path) and not isinstance(medium, Text):
+        file = Path(medium)
+        known = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+        return repr((str(file), known)).encode()
+    return repr(medium).encode()
+
+
+def _schema(source: Source, scorers: Iterable[str], header: dict[str, Any]) -> "pa.Schema":
+    import pyarrow as pa
+
+    columns = {**source.fields, **dict.fromkeys(scorers, "float64"), "error": "string"}
+    return pa.schema(list(columns.items()), metadata={HEADER: json.dumps(header).encode()})
+
+
+def _write_part(path: Path, rows: list[dict[str, Any]], schema: "pa.Schema") -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic_file(path) as temp:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temp)
+
+
+def _join(parts: Sequence[Path], target: Path, schema: "pa.Schema") -> None:
+    """One table of all parts, in their order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    at_once = GROUP_ROWS // PART_ROWS
+    blocks = (
+        pa.concat_tables([pq.read_table(part) for part in parts[start : start + at_once]])
+        for start in range(0, len(parts), at_once)
+    )
+    with atomic_file(target) as temp:
+        if target.suffix == ".parquet":
+            with pq.ParquetWriter(temp, schema) as writer:
+                for block in blocks:
+                    writer.write_table(block)
+        else:
+            with temp.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, schema.names)
+                writer.writeheader()
+                for block in blocks:
+                    writer.writerows(block.to_pylist())
+
+
+# --- scoring ---
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, rows: Iterable[tuple[Path, Row, dict[str, float]]], judges: Mapping[str, Scorer]
+) -> Iterator[tuple[Path, Row, dict[str, float], Any]]:
+    """(part, row, known scores, picture or why there is none), decoded a batch ahead."""
+    waiting: deque[tuple[Path, Row, dict[str, float], Future]] = deque()
+    for part, row, known in rows:
+        waiting.append((part, row, known, pool.submit(_opened, row, judges.keys() <= known.keys())))
+        if len(waiting) > BATCH_ROWS:
+            *told, future = waiting.popleft()
+            yield *told, future.result()
+    for *told, future in waiting:
+        yield *told, future.result()
+
+
+def _opened(row: Row, is_known: bool) -> Any:
+    if is_known:
+        return None
+    if isinstance(row.medium, UserError):
+        return str(row.medium)
+    if row.medium is None or row.prompt is None:
+        return f"{row.where}: has no {'prompt' if row.prompt is None else 'picture'}; add it."
+    try:
+        return open_image(row.medium, name=row.where)
+    except UserError as error:
+        return str(error)
+
+
+def _judged(rows: Iterable[tuple], judges: Mapping[str, Scorer]) -> Iterator[dict[str, Any]]:
+    """Lines of the table."""
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        lines, opened = [], []
+        for _, row, known, made in batch:
+            lines.append({**row.columns, **known, "error": made if isinstance(made, str) else None})
+            if made is not None and not isinstance(made, str):
+                opened.append((lines[-1], row, made))
+        if opened:
+            pictures, prompts = [made for *_, made in opened], [row.prompt for _, row, _ in opened]
+            for name, judge in judges.items():
+                for (line, row, _), value in zip(opened, judge.score(pictures, prompts).tolist(), strict=True):
+                    if math.isfinite(value):
+                        line[name] = value
+                    else:
+                        line["error"] = f"{row.where}: {name} gives {value}."
+        yield from lines
+
+
+# --- afterwards ---
+
+
+def summary(scores: Path, scorers: Sequence[str]) -> dict[str | None, dict[str, tuple[int, float, float, float]]]:
+    """Model (None: all rows) -> scorer -> (n, mean, min, max) of a table of scores."""
+    import duckdb
+
+    with duckdb.connect() as db:
+        columns = db.sql(f"FROM {table_sql(scores)} LIMIT 0").columns
+        grouped = "GROUP BY GROUPING SETS ((), (model))" if "model" in columns else ""
+        numbers = ", ".join(
+            f"count({one}), avg({one}), min({one}), max({one})"
+            for one in (f'try_cast("{name}" AS double)' for name in scorers)
+        )
+        model = "CASE WHEN grouping(model) = 1 THEN NULL ELSE coalesce(model, '') END" if grouped else "NULL"
+        found = db.sql(
+            f"SELECT {model}, {numbers} FROM {table_sql(scores)} {grouped} ORDER BY 1 NULLS FIRST"
+        ).fetchall()
+    return {row[0]: {name: tuple(row[1 + 4 * n : 5 + 4 * n]) for n, name in enumerate(scorers)} for row in found}
+
+
+def failures(scores: Path) -> tuple[int, int]:
+    """Rows of a table of scores, and those of them with an error."""
+    import duckdb
+
+    with duckdb.connect() as db:
+        return db.sql(f"SELECT count(*), count(error) FROM {table_sql(scores)}").fetchall()[0]
+
+
+def read_scores(scores: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a small table of scores."""
+    import duckdb
+
+    with duckdb.connect() as db:
+        rows = db.sql(f"FROM {table_sql(scores)}")
+        yield from (dict(zip(rows.columns, row, strict=True)) for row in rows.fetchall())
+
+
+def table_sql(file: Path) -> str:
+    """What stands for a parquet, CSV or JSONL file behind FROM."""
+    name = str(file).replace("'", "''")
+    if file.suffix == ".parquet":
+        return f"read_parquet('{name}')"
+    return f"read_csv('{name}', header = true)" if file.suffix == ".csv" else f"read_json('{name}')"
