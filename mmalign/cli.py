@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mmalign import bundled
 from mmalign.records import UserError
@@ -17,6 +17,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
 
   quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
   train RECIPE          align a model; every field of the recipe is a flag
+  generate MODEL ...    candidates of one model or several, for prompts
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
   user make|blend       a user's embedding from four pairs; a taste between two users
   score PATH            score pictures, tables, candidates or comparisons
@@ -107,6 +108,73 @@ def compare(
     compare_models(base, aligned, prompts, scorer, output_dir, seed=seed, limit=limit, whose=(user, users), **settings)
 
 
+def generate(
+    models: tuple[str, ...],
+    prompts: str = "",
+    num: int = 4,
+    output_dir: str = "candidates",
+    lora: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    layout: Literal["parquet", "folder"] = "parquet",
+) -> None:
+    """Makes candidates: every prompt by every model, with the same seeds. Call it again to go on, or for more.
+
+    A MODEL is [NAME=]SOURCE[+LORA], such as: mmalign generate base=embedded aligned=embedded+run/aligned --prompts F
+
+    Args:
+        models: one or more; a SOURCE is a hub id, pipeline folder, .safetensors file, or "embedded"; a LORA is a file,
+            folder or hub id; the NAME is the candidates' label, by default made of both.
+        prompts: text file, one prompt a line; .jsonl, .csv or .parquet with prompt (or caption), and where wanted user
+            and images (paths beside the file); .json list; or a split of the embedded prompts (embedded:test).
+        num: candidates of each prompt by each model.
+        output_dir: of candidates; those that it holds are not made again.
+        lora: put on every MODEL that names none itself.
+        num_inference_steps: sampling steps; default the pipeline's.
+        guidance_scale: default the pipeline's.
+        negative_prompt: default none.
+        height: of the pictures in pixels; default the model's.
+        width: of the pictures in pixels; default the model's.
+        max_new_tokens: an answer is cut after so many.
+        temperature: of sampled answers.
+        seed: of the run; a candidate's seed is a function of it, the prompt and the candidate's place.
+        limit: take the first so many prompts.
+        batch_size: candidates made at once; default found while it runs.
+        layout: parquet files, or folders of PNG files with metadata.jsonl.
+    """
+    from mmalign.generating import generate_candidates
+
+    settings = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+    }
+    generate_candidates(
+        models,
+        prompts,
+        output_dir,
+        lora=lora,
+        num=num,
+        seed=seed,
+        limit=limit,
+        batch_size=batch_size,
+        layout=layout,
+        settings=settings,
+    )
+
+
 def score(
     path: str,
     scorer: tuple[str, ...] = (),
@@ -176,6 +244,7 @@ def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> 
 
 FLAGS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
+    "generate": generate,
     "compare": compare,
     "score": score,
     "scorers": scorers,

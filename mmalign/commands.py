@@ -7,11 +7,14 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mmalign
 from mmalign.console import stage, table
 from mmalign.records import UserError
+
+if TYPE_CHECKING:
+    from mmalign.data.prompts import Prompt
 
 SHOWN_ROWS = 50  # of the scores, one by one; more are summed up
 
@@ -123,23 +126,19 @@ def _versions() -> dict[str, str]:
     return versions()
 
 
-def read_prompts(source: str) -> list[str]:
-    """Prompts of a text file, one a line, or of a split of the embedded ones ("embedded:test").
+def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
+    """The first prompts of a file (see `mmalign.data.prompts`) or of a split of the embedded ones ("embedded:test").
 
     Raises:
-        UserError: no such file or split, or nothing in it.
+        UserError: no such file or split, nothing in it, or a row that cannot be read.
     """
-    if source.startswith("embedded:"):
-        from mmalign.embedded import prompts as embedded_prompts
+    from mmalign.data import prompts
 
-        return embedded_prompts(source.removeprefix("embedded:"))
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such prompt file; give a text file with one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{source}: has no prompts; write one a line.")
-    return lines
+    if not source.startswith("embedded:"):
+        return prompts.read_prompts(source, limit)
+    from mmalign.embedded import prompts as embedded_prompts
+
+    return [prompts.Prompt(text) for text in embedded_prompts(source.removeprefix("embedded:"))[:limit]]
 
 
 def compare_models(
@@ -162,7 +161,7 @@ def compare_models(
     quiet_libraries()
     if any(whose) and not (Path(aligned) / "user_layers.safetensors").is_file():
         raise UserError(f"{aligned}: has no user layers, so it cannot make pictures for a user; leave --user out.")
-    texts = read_prompts(prompts)[:limit]
+    texts = [prompt.text for prompt in read_prompts(prompts, limit)]
     judges = {name: mmalign.load_scorer(name) for name in scorers}
     base = str(embedded_path()) if base == "embedded" else base
     seeds = list(range(seed, seed + len(texts)))

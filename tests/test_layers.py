@@ -25,6 +25,7 @@ ON_TOP = {
     "cli",
     "commands",
     "console",
+    "generating",
     "personal",
     "quickstart",
     "recipe",

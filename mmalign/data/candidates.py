@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from mmalign.records import Text, UserError
-from mmalign.storage import atomic_file, atomic_folder
+from mmalign.storage import atomic_file, atomic_folder, read_json, write_json
 
 CANDIDATES = "candidates.json"
 METADATA = "metadata.jsonl"
@@ -155,6 +155,14 @@ def write_part(folder: str | Path, candidates: Sequence[Candidate], layout: str 
         with atomic_folder(path) as temp:
             _write_folder(temp, candidates)
     return path
+
+
+def note(folder: str | Path, asked: Mapping[str, Any]) -> None:
+    """Adds what is asked of `mmalign generate` to the folder's candidates.json, unless that holds it."""
+    path = Path(folder) / CANDIDATES
+    before = read_json(path)["asked"] if path.is_file() else []
+    if asked not in before:
+        write_json(path, {"asked": [*before, asked]})
 
 
 def _plain(one: Candidate) -> dict[str, Any]:

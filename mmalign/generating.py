@@ -1,0 +1,120 @@
+"""What `mmalign generate` does: models as they are written in a shell, one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mmalign
+from mmalign import storage
+from mmalign.records import UserError
+
+if TYPE_CHECKING:
+    from mmalign.data.generate import Model
+
+
+def generate_candidates(
+    models: Sequence[str],
+    prompts: str,
+    output_dir: str,
+    *,
+    lora: str | None,
+    settings: Mapping[str, Any],
+    limit: int | None = None,
+    **options: Any,
+) -> None:
+    """Makes candidates in this process, or as one of those that `accelerate launch` starts; the first one prints.
+
+    Args:
+        models: each [NAME=]SOURCE[+LORA].
+        prompts: see `mmalign.commands.read_prompts`.
+        output_dir: of candidates.
+        lora: put on every model that names none.
+        settings: for the models' `generate`; None stands for their default.
+        limit: take the first so many prompts.
+        options: of `mmalign.data.generate.generate`.
+
+    Raises:
+        UserError: no model or no prompts are given, or as `generate`.
+    """
+    if not models:
+        raise UserError("mmalign generate needs a model: a hub id, pipeline folder, .safetensors file or embedded.")
+    if not prompts:
+        raise UserError("mmalign generate needs --prompts: a file of prompts, or a split such as embedded:test.")
+    from accelerate import PartialState
+
+    from mmalign.commands import quiet_libraries, read_prompts
+    from mmalign.console import stage
+    from mmalign.data.generate import Processes, generate
+    from mmalign.training.loop import versions
+
+    quiet_libraries()
+    state = PartialState()
+    with state.main_process_first():  # what is wrong is said once: the others end with the first
+        asked = read_prompts(prompts, limit)
+        made_by = [_model(text, lora, state.device) for text in models]
+    shown = {"stage": stage} if state.is_main_process else {}
+    counts = generate(
+        output_dir,
+        asked,
+        made_by,
+        settings=settings,
+        processes=Processes(state.process_index, state.num_processes, state.wait_for_everyone),
+        facts={"file": Path(prompts).name, "versions": versions()},
+        **shown,
+        **options,
+    )
+    if state.is_main_process:
+        again = f" ({counts['repeated']} repeated ones left out)" if counts["repeated"] else ""
+        print(
+            f"Made {counts['made']} candidates of {counts['prompts']} prompts{again}; {counts['there']} were there"
+            f" already. They are in {output_dir}; next: mmalign score {output_dir}"
+        )
+
+
+def _model(text: str, lora: str | None, device: Any) -> Model:
+    """A model as it is written in a shell: [NAME=]SOURCE[+LORA]. A path that exists is taken as it is."""
+    from mmalign.data.generate import Model
+    from mmalign.embedded import SAMPLING
+    from mmalign.embedded import path as embedded_path
+
+    name, _, rest = text.rpartition("=") if re.match(r"[^/\\=]+=", text) and not Path(text).exists() else ("", "", text)
+    source, _, own = (rest, "", "") if Path(rest).exists() else rest.partition("+")
+    put = own or lora
+    if not source:
+        raise UserError(f"{text!r} is no model; write [NAME=]SOURCE[+LORA], such as aligned=embedded+run/aligned.")
+    place = str(embedded_path()) if source == "embedded" else source
+    about = {"source": _short(source), "weights": _hash(place, "**/*")}
+    if put:
+        about |= {"lora": _short(put), "lora_weights": _hash(put, "*.safetensors")}
+    label = name or "+".join(_short(part) for part in (source, put) if part)
+    known = {key: value for key, value in about.items() if value is not None}
+    load = partial(mmalign.load, place, lora=put, device=device)
+    return Model(label, load, known, SAMPLING if source == "embedded" else {})
+
+
+def _short(source: str) -> str:
+    """The name of a file or folder without where it lies, so that moving it changes nothing; a hub id stays."""
+    path = Path(source)
+    return path.resolve().name.removesuffix(".safetensors") if path.exists() else source
+
+
+def _hash(source: str, pattern: str) -> str | None:
+    """12 hex digits of what a local model holds, as one that is trained again makes other candidates; None on the hub.
+
+    Args:
+        source: file or folder.
+        pattern: of the files in a folder that are weights or configurations.
+    """
+    path = Path(source)
+    if path.is_file():
+        return storage.sha256(path)[:12]
+    if not path.is_dir():
+        return None
+    files = sorted(f for f in path.glob(pattern) if f.suffix in (".safetensors", ".bin", ".json"))
+    listing = "\n".join(f"{f.relative_to(path).as_posix()} {storage.sha256(f)}" for f in files)
+    return hashlib.sha256(listing.encode()).hexdigest()[:12]
