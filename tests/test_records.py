@@ -1,11 +1,12 @@
 import io
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmalign import records
-from mmalign.records import Comparison, UserError, open_image
+from mmalign.records import Comparison, Sound, UserError, Video, open_image
 
 
 def encoded(image, kind="PNG", **options):
@@ -83,6 +84,23 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
         open_image(huge)
     with pytest.raises(UserError, match="more than 67,108,864 pixels"):
         open_image(encoded(Image.new("1", (20000, 20000))))
+
+
+@pytest.mark.parametrize(("medium", "kind"), [(Sound(b"RIFF"), "sound"), (Video("a.mp4", 8.0), "video")])
+def test_sounds_and_videos_are_no_pictures(medium, kind):
+    with pytest.raises(UserError, match=f"row 3: is a {kind} where a picture is needed; take a model of {kind}s"):
+        open_image(medium, name="row 3")
+
+
+def test_errors_have_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_PIXELS", 100)
+    media = {"missing_file": tmp_path / "gone.png", "undecodable": b"no picture", "too_large": PICTURE}
+    for reason, medium in media.items():
+        with pytest.raises(UserError) as error:
+            open_image(medium)
+        assert error.value.reason == reason
+    assert pickle.loads(pickle.dumps(UserError("x", "too_large"))).reason == "too_large"
+    assert UserError("x").reason == "bad_row"
 
 
 def test_group_is_stable_and_63_bit():

@@ -87,6 +87,8 @@ def read_comparisons(
     """
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"fraction {fraction}: must be above 0 and at most 1.")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: must be 1 or more.")
     rows, beside = _find(Path(source), split, limit, fraction)
     everything = Comparisons(rows, _layout(rows), beside, aspect, np.arange(len(rows)))
     kept, left_out = _sift(everything, strict)

@@ -6,100 +6,21 @@ tables are looked over without; it gives `score=None` for a row without a label,
 that its media are one and the same. Names of files go through `beside`, which finds them near the listing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from mmalign.data.fields import PICTURES, SOUNDS, VIDEOS, all_or_none, file_of, medium_of, need, wins
 from mmalign.data.rows import MEDIA, Beside
 from mmalign.records import Sound, Text, UserError, Video
-
-SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a"}
-VIDEOS = {".mp4", ".webm", ".mov", ".avi", ".mkv"}
-SOUND_MARKS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3")  # how such files begin; see also _kind
-PICTURES = ("", ".png", ".jpg", ".jpeg", ".webp")
-
-
-def need(row: Mapping, name: str, kind: type = str) -> Any:
-    """A field of a row, `name` or the first that is there of "name|other".
-
-    Raises:
-        UserError: It is missing or not of that kind.
-    """
-    value = next((row[one] for one in name.split("|") if row.get(one) is not None), None)
-    if not isinstance(value, kind):
-        raise UserError(f"field {name} is missing or is no {kind.__name__}; add it.")
-    return value
-
-
-def wins(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """[K] the share of its comparisons that each candidate wins, given [S][K] scores; a tie counts for nobody.
-
-    Syn-Pic's phi = C / (S (K - 1)), arXiv 2410.18013 algorithm 1.
-    """
-    values = np.asarray(scores, float)
-    if values.ndim != 2 or values.shape[1] < 2 or not np.isfinite(values).all():
-        raise UserError(f"the scores {scores} are no lists of two or more finite numbers, each as long; mend them.")
-    won = (values[:, :, None] > values[:, None, :]).sum(axis=(0, 2))
-    return tuple((won / (len(values) * (values.shape[1] - 1))).tolist())
-
-
-def medium_of(value: Any, beside: Beside) -> Any:
-    """A medium as a record holds it.
-
-    Args:
-        value: A file's name; encoded bytes; `{"bytes", "path"}`; or `{"text"}`, `{"sound", "sample_rate_hz"}`,
-            `{"video", "fps"}` of `comparisons.jsonl`.
-        beside: Finds files.
-    """
-    if isinstance(value, Mapping):
-        if "text" in value:
-            return Text(need(value, "text"))
-        if "sound" in value:
-            return Sound(beside(value["sound"]), value.get("sample_rate_hz"))
-        if "video" in value:
-            return Video(beside(value["video"]), value.get("fps"))
-        return value
-    return value if isinstance(value, bytes) else beside(value)
-
-
-def file_of(value: Any, beside: Beside) -> Any:
-    """A picture, `Sound` or `Video`, told apart by the file's name or its first bytes."""
-    source = (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
-    if isinstance(source, str):
-        source = beside(source)
-    kind = _kind(source)
-    return kind(source) if kind else value if isinstance(value, Mapping) else source
-
-
-def _kind(source: Any) -> type[Sound] | type[Video] | None:
-    if isinstance(source, Path):
-        suffix = source.suffix.lower()
-        return Sound if suffix in SOUNDS else Video if suffix in VIDEOS else None
-    start = bytes(source[:12]) if isinstance(source, bytes) else b""
-    if start[4:8] == b"ftyp" or start[:4] == b"\x1a\x45\xdf\xa3" or start[8:12] == b"AVI ":
-        return Video
-    return Sound if start.startswith(SOUND_MARKS) and start[8:12] != b"WEBP" else None
-
-
-def _all_or_none(values: Sequence[Any]) -> Sequence[Any] | None:
-    return None if any(value is None for value in values) else values
-
 
 # --- ours ---
 
 
 def ours(row: dict, beside: Beside) -> dict:
     """`comparisons.jsonl`, and the parquet of `export.write_comparisons`."""
-    media = row.get("media")
-    if row.get("text") is not None:
-        media = [Text(text) for text in row["text"]]
-    for name, kind, about in (("sound", Sound, "sample_rate_hz"), ("video", Video, "fps")):
-        if row.get(name) is not None:
-            known = row.get(about) or [None] * len(row[name])
-            pairs = zip(row[name], known, strict=True)
-            media = [kind(one.get("bytes") or one.get("path"), value) for one, value in pairs]
     aspects = row.get("aspects") or {}
     if not isinstance(aspects, Mapping):
         aspects = {aspect["name"]: aspect["score"] for aspect in aspects}
@@ -107,7 +28,7 @@ def ours(row: dict, beside: Beside) -> dict:
     return {
         "id": row.get("id"),
         "prompt": need(row, "prompt"),
-        "media": media and [medium_of(one, beside) for one in need({"media": media}, "media", list)],
+        "media": _ours(row, beside),
         "score": need(row, "score", list),
         "weight": row.get("weight"),
         "user": row.get("user"),
@@ -115,6 +36,18 @@ def ours(row: dict, beside: Beside) -> dict:
         "source": row.get("source"),
         "aspects": aspects,
     }
+
+
+def _ours(row: dict, beside: Beside) -> list | None:
+    if row.get("text") is not None:
+        return [Text(text) for text in row["text"]]
+    for name, kind, about in (("sound", Sound, "sample_rate_hz"), ("video", Video, "fps")):
+        if row.get(name) is not None:
+            known = row.get(about) or [None] * len(row[name])
+            return [kind(one["bytes"] or one["path"], value) for one, value in zip(row[name], known, strict=True)]
+    if row.get("media") is None:
+        return None
+    return [medium_of(one, beside) for one in need(row, "media", list)]
 
 
 # --- pictures ---
@@ -138,7 +71,7 @@ def pick_a_pic(row: dict, beside: Beside) -> dict:
     fields = {
         "id": row.get("ranking_id"),
         "prompt": need(row, "caption"),
-        "media": _all_or_none((row.get("jpg_0"), row.get("jpg_1"))),
+        "media": all_or_none((row.get("jpg_0"), row.get("jpg_1"))),
         "score": None if label is None else (label, 1 - label),
         "user": row.get("user_id"),
         "source": models if all(models) else (),
@@ -216,7 +149,7 @@ def vision_prefer(row: dict, beside: Beside) -> dict:
 
 def _named(name: str, beside: Beside) -> Path:
     """The picture of that name, which may lack its ending."""
-    for ending in PICTURES:
+    for ending in ("", *PICTURES):
         try:
             return beside(name + ending, "image_id")
         except UserError as error:
@@ -264,7 +197,7 @@ def triplet(row: dict, beside: Beside) -> dict:
     Audio-Alpaca (Tango 2) has prompt, chosen, rejected, strategy, the sounds in parquet; in a .csv or .jsonl file they
     are paths. Also what is made of folders with paired names.
     """
-    files = _all_or_none((row.get("chosen"), row.get("rejected")))
+    files = all_or_none((row.get("chosen"), row.get("rejected")))
     return {
         "id": row.get("id"),
         "prompt": need(row, "prompt|caption"),
@@ -277,7 +210,9 @@ def _has_files(row: dict) -> bool:
     chosen = row["chosen"]
     if isinstance(chosen, Mapping):
         return chosen.keys() <= MEDIA
-    return isinstance(chosen, bytes) or (isinstance(chosen, str) and Path(chosen).suffix.lower() in SOUNDS | VIDEOS)
+    return isinstance(chosen, bytes) or (
+        isinstance(chosen, str) and Path(chosen).suffix.lower() in SOUNDS | VIDEOS | {*PICTURES}
+    )
 
 
 def video_reward(row: dict, beside: Beside) -> dict:

@@ -39,7 +39,8 @@ class Beside:
     """
 
     def __init__(self, folder: str | Path, within: Sequence[str] = ()):
-        self.folder, self.within = Path(folder), ("", *within)
+        self.folders = [os.path.join(folder, name) for name in ("", *within)]
+        self.inside = os.path.join(os.path.realpath(folder), "")
 
     def __call__(self, name: Any, field: str = "media") -> Path:
         """The file's path.
@@ -47,13 +48,14 @@ class Beside:
         Raises:
             UserError: It lies outside the folder, or there is none ("missing_file").
         """
-        for within in self.within:
-            path = self.folder / within / str(name)
-            place = os.path.realpath(path) if path.is_symlink() else os.path.join(_real(path.parent), path.name)
-            if not place.startswith(os.path.join(_real(self.folder), "")):
+        for folder in self.folders:
+            path = os.path.join(folder, str(name))
+            parent, last = os.path.split(path)
+            place = os.path.realpath(path) if os.path.islink(path) else os.path.join(_real(parent), last)
+            if not place.startswith(self.inside):
                 raise UserError(f"field {field}: {name!r} lies outside the folder; give a path relative to it.")
-            if path.is_file():
-                return path
+            if os.path.isfile(path):
+                return Path(path)
         raise UserError(f"field {field}: there is no file {name!r}; add it, or remove the row.", "missing_file")
 
 

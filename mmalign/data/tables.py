@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def _split_of(parts: Any, split: str, source: str) -> Any:
 
 def _built(source: str, split: str, limit: int | None, fraction: float | None) -> "pa.Table":
     import datasets
+    import pyarrow.parquet as pq
 
     path, files = Path(source), []
     if path.exists():
@@ -67,6 +69,8 @@ def _built(source: str, split: str, limit: int | None, fraction: float | None) -
         named = (source,)
     else:
         raise UserError(f"{source}: there is no such file or folder; check the path.")
+    if files and not any(pq.read_metadata(file).num_rows for file in files):  # which datasets takes for an error
+        return pq.read_table(files)
     if limit is None and fraction in (None, 1):
         return datasets.load_dataset(*named, split=split).data.table
     builder = datasets.load_dataset_builder(*named)
@@ -94,13 +98,13 @@ def _first(builder: Any, split: str, count: int) -> "pa.Table":
 
     path = Path(builder.cache_dir) / f"{split}-first-{count}.arrow"
     if not path.is_file():
-        stream = builder.as_streaming_dataset(split=split).with_format("arrow").take(count)
-        tables = stream.iter(batch_size=STREAM_ROWS)
-        first = next(tables, pa.table({}))
-        with atomic_file(path) as temp, pa.ipc.new_stream(temp, first.schema) as writer:
-            writer.write_table(first)
-            for table in tables:
-                writer.write_table(table.cast(first.schema))
+        stream = builder.as_streaming_dataset(split=split).with_format("arrow")
+        rows = islice(stream, count)  # take() opens one file more to learn that it is done
+        table = pa.concat_tables(list(islice(rows, STREAM_ROWS)))
+        with atomic_file(path) as temp, pa.ipc.new_stream(temp, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+            while group := list(islice(rows, STREAM_ROWS)):
+                writer.write_table(pa.concat_tables(group).cast(table.schema).combine_chunks())
     return datasets.Dataset.from_file(str(path)).data.table
 
 

@@ -1,5 +1,7 @@
 import io
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -280,3 +282,89 @@ def test_missing_and_damaged_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="is no path here and not to be had from the Hub"):
         read_comparisons("nobody/nothing")
+
+
+# --- reading on ---
+
+
+def test_bad_lines_are_left_out_counted_and_listed(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    good = {"id": "good", "prompt": "p", "media": ["a.png", "b.png"], "score": [1, 0]}
+    changes = [
+        {},
+        {"id": "tie", "score": [1, 1]},
+        {},
+        {"id": "same", "media": ["a.png", "a.png"]},
+        {"id": "gone", "media": ["a.png", "c.png"]},
+        {"id": "nan", "score": [1, float("nan")]},
+        {"id": "half", "prompt": "\ud800"},
+        {"id": "last"},
+    ]
+    lines = [json.dumps(good | change).encode() for change in changes]
+    (tmp_path / "comparisons.jsonl").write_bytes(b"\n".join([*lines, b"\xff", b"{", b"3"]))
+    result = read_comparisons(tmp_path, strict=False)
+    assert [(item.id, number) for item, number in zip(result.comparisons, result.comparisons.rows, strict=True)] == [
+        ("good", 1),
+        ("last", 8),
+    ]
+    assert [row[:3] for row in result.left_out] == [
+        (2, "tie", "tie"),
+        (3, "good", "repeated"),
+        (4, "same", "identical"),
+        (5, "gone", "missing_file"),
+        (6, "nan", "bad_row"),
+        (7, "half", "not_utf8"),
+        (9, "", "not_utf8"),
+        (10, "", "bad_row"),
+        (11, "", "bad_row"),
+    ]
+    assert "comparisons.jsonl, line 5: field media: there is no file 'c.png'" in result.left_out[3].detail
+    assert result.counts["read"] == sum(count for name, count in result.counts.items() if name != "read") == 11
+
+
+def test_nothing_but_bad_rows_says_what_is_wrong(tmp_path):
+    (tmp_path / "comparisons.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match=r"\(read 1, kept 0, .*bad_row 1\).* The first: .*line 1: is not JSON"):
+        read_comparisons(tmp_path, strict=False)
+
+
+def not_utf8(table, name, row):
+    """The table with a byte in that cell that is no UTF-8; such files are made by writers that do not look."""
+    values = [value.encode() for value in table[name].to_pylist()]
+    values[row] = b"\xff" + values[row]
+    column = pa.array(values, pa.binary()).view(pa.string())
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+@pytest.mark.parametrize("limit", [None, 10])
+def test_a_prompt_that_is_not_utf8_is_one_rows_matter(tmp_path, limit):
+    path = pick_a_pic(tmp_path / "p.parquet", [1.0, 0.0, 1.0])
+    pq.write_table(not_utf8(pq.read_table(path), "caption", 1), path)
+    result = read_comparisons(path, strict=False, limit=limit)
+    assert [item.prompt for item in result.comparisons] == ["prompt 0", "prompt 2"]
+    assert result.left_out[0].row == 1
+    assert result.left_out[0].reason == "not_utf8"
+    with pytest.raises(UserError, match=r"p\.parquet, row 1: is not UTF-8 text"):
+        read_comparisons(path, limit=limit)
+
+
+def test_what_is_wrong_with_media_in_a_table_shows_when_they_are_read(tmp_path):
+    table = {"id": ["a", "b"], "prompt": ["p", "q"], "media": [None, [{"bytes": b"x"}] * 3], "score": [[1.0, 0.0]] * 2}
+    pq.write_table(pa.table(table), tmp_path / "p.parquet")
+    rows = read_comparisons(tmp_path / "p.parquet", strict=False).comparisons
+    assert len(rows) == 2
+    with pytest.raises(UserError, match=r"row 0: field media is missing") as error:
+        rows[0]
+    assert error.value.reason == "bad_row"
+    with pytest.raises(UserError, match="row 1: comparison 'b': field score has 2 entries for 3 media"):
+        rows[1]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_threads_and_processes_share_comparisons(tmp_path, layout):
+    write_comparisons(tmp_path / "data", sample(20), layout=layout)
+    rows = read_comparisons(tmp_path / "data").comparisons
+    with ThreadPoolExecutor(4) as pool:
+        assert [item.id for item in pool.map(rows.__getitem__, range(20))] == [f"pair {n}" for n in range(20)]
+    assert pickle.loads(pickle.dumps(rows))[3].id == "pair 3"
