@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from mmalign.data.loader import Batches, decode
-from mmalign.records import Comparison, Text, UserError
+from mmalign.records import Comparison, Sound, Text, UserError, Video
 
 
 def comparisons(count, medium=None):
@@ -97,6 +97,11 @@ def test_decode_leaves_text_and_opens_what_is_shown(tmp_path):
     assert result.condition[0].size == (3, 2)
     with pytest.raises(UserError, match=r"comparison 'c', input picture 0: no such picture"):
         decode([Comparison("c", "what?", (Text("a"),), (1.0,), condition=("gone.png",))])
+
+
+def test_decode_leaves_sounds_and_videos():
+    media = (Sound(b"RIFF", 16000), Video("a.mp4", 8.0))
+    assert decode([Comparison("c", "p", media, (1.0, 0.0))])[0].media == media
 
 
 def test_no_data_is_an_error():
