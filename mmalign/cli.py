@@ -16,6 +16,7 @@ from mmalign.records import UserError
 USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its flags)
 
   quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
+  cache RECIPE          encode a recipe's data once, so that training loads no encoders; --verify checks it
   train RECIPE          align a model; every field of the recipe is a flag
   generate MODEL ...    candidates of one model or several, for prompts
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
@@ -70,7 +71,26 @@ def train(argv: Sequence[str]) -> None:
             listed = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
             print(f"step {step}/{run.max_train_steps}: {listed}", flush=True)
 
-    print(f"Done: {run_training(run, watch=watch)}")
+    from mmalign.console import stage
+
+    print(f"Done: {run_training(run, watch=watch, stage=stage)}")
+
+
+def cache(argv: Sequence[str]) -> None:
+    """Encodes a recipe's data once, with flags over it."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("mmalign cache needs a recipe: a bundled name (see mmalign recipes) or a path to a .py file.")
+    check = "--verify" in argv
+    import datasets
+
+    from mmalign.recipe import load_recipe, with_flags
+
+    datasets.disable_progress_bars()
+    flags = [word for word in argv[1:] if word != "--verify"]
+    run = with_flags(load_recipe(argv[0]), flags, prog=f"mmalign cache {argv[0]}")
+    from mmalign.commands import fill_cache
+
+    fill_cache(run, check=check)
 
 
 def compare(
@@ -250,7 +270,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "scorers": scorers,
     "demo": demo,
 }
-OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "recipes": recipes, "user": user}
+OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "cache": cache, "recipes": recipes, "user": user}
 
 
 def flags_of(function: Any, **options: Any) -> set[str]:

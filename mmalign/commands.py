@@ -141,6 +141,38 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     return [prompts.Prompt(text) for text in embedded_prompts(source.removeprefix("embedded:"))[:limit]]
 
 
+def fill_cache(run: Any, *, check: bool = False) -> None:
+    """What `mmalign cache` does: fills the cache of a recipe, the reference's answers too if it wants them.
+
+    Args:
+        run: the recipe; without `cache_dir` it is "cache".
+        check: read everything that is there; what is damaged is made again.
+    """
+    from dataclasses import replace
+
+    from mmalign.training.cached import verify_cache
+    from mmalign.training.loop import caches, dtype_of
+    from mmalign.training.prepare import make_accelerator
+
+    quiet_libraries()
+    run = run if run.cache_dir else replace(run, cache_dir="cache")
+    accelerator = make_accelerator(replace(run, report_to="none"))
+    if check and accelerator.is_main_process:
+        damaged = verify_cache(run, dtype_of(run, accelerator))
+        print(f"{run.cache_dir}: " + (f"damaged, to be made again: {', '.join(damaged)}" if damaged else "whole") + ".")
+    accelerator.wait_for_everyone()
+    cache = caches(run, accelerator, stage=stage, say=print if accelerator.is_main_process else _nothing)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        print(
+            f"Left out rows are listed in {cache.folder / 'quarantine.jsonl'}. Train with --cache-dir {run.cache_dir}."
+        )
+
+
+def _nothing(line: str) -> None:
+    """Other processes say nothing."""
+
+
 def compare_models(
     base: str,
     aligned: str,

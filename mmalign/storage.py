@@ -10,7 +10,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,36 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def share(targets: Iterable[Path], make: Callable[[Path], None], *, locks: Path, pause: float = 0.2) -> None:
+    """Makes files that several processes make together: each takes the next that nobody has made or is making.
+
+    Returns when all are there. A process that dies lets go of its file, and another one takes it; so the same call
+    resumes. Any number of processes may come at any time, on machines that share the disk.
+
+    Args:
+        targets: what to make; each is done when it exists.
+        make: writes one, atomically.
+        locks: folder for the lock files.
+        pause: seconds between looks at those that others are making.
+    """
+    from filelock import FileLock, Timeout
+
+    locks.mkdir(parents=True, exist_ok=True)
+    pending = [path for path in targets if not path.exists()]
+    while pending:
+        held = []
+        for path in pending:
+            try:
+                with FileLock(locks / f"{path.name}.lock", timeout=0):
+                    if not path.exists():
+                        make(path)
+            except Timeout:
+                held.append(path)
+        pending = [path for path in held if not path.exists()]
+        if pending:
+            time.sleep(pause)
 
 
 def verify(folder: str | Path) -> bool:

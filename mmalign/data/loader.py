@@ -29,6 +29,8 @@ class Batches:
         world_size: Number of processes.
         shuffle: Take a new order every epoch instead of the given one.
         num_workers: Threads that prepare batches ahead in `iterate`; the batches are the same for any number.
+        kinds: [comparisons] a number each; those of one kind are put together, `block` by `block`, as far as they go.
+        block: Comparisons of an optimizer step, all ranks together; so that the order does not depend on the ranks.
 
     Raises:
         UserError: There are no comparisons, or fewer than ranks.
@@ -44,11 +46,14 @@ class Batches:
         world_size: int = 1,
         shuffle: bool = True,
         num_workers: int = 0,
+        kinds: np.ndarray | None = None,
+        block: int = 1,
     ):
         if len(comparisons) < world_size:
             raise UserError(f"The data set has {len(comparisons)} comparisons for {world_size} processes.")
         self.comparisons, self.groups_per_batch, self.seed = comparisons, groups_per_batch, seed
         self.rank, self.world_size, self.shuffle, self.num_workers = rank, world_size, shuffle, num_workers
+        self.kinds, self.block = kinds, block
         self.order = lru_cache(maxsize=4)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -61,7 +66,18 @@ class Batches:
             tail = self._shuffled(epoch - 1)[size - size // 4 :]
             head = order[: size // 2]
             order[: size // 2] = head[np.argsort(np.isin(head, tail), kind="stable")]
-        return order
+        return order if self.kinds is None else self._together(order)
+
+    def _together(self, order: np.ndarray) -> np.ndarray:
+        """The order in blocks of one kind, each where its last comparison stood; what fills none comes last."""
+        blocks, rests = [], []
+        for kind in np.unique(self.kinds):
+            places = np.flatnonzero(self.kinds[order] == kind)
+            whole = len(places) // self.block * self.block
+            blocks += list(places[:whole].reshape(-1, self.block))
+            rests.append(places[whole:])
+        blocks.sort(key=lambda places: places[-1])
+        return order[np.concatenate([*blocks, *rests])]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         # Raw Philox numbers are the same in every numpy version, Generator.permutation promises no such thing

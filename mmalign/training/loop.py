@@ -16,10 +16,13 @@ import torch
 
 import mmalign
 from mmalign import storage
+from mmalign.data.cache import Cache
+from mmalign.data.fill import Stage, silent
 from mmalign.data.loader import Batches, decode
 from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
 from mmalign.training import checkpoint, hub
+from mmalign.training.cached import as_it_is, cache_of, reference_of
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
 from mmalign.training.prepare import make_accelerator, make_optimizer, prepare_policy
@@ -37,6 +40,7 @@ def train(
     comparisons: Sequence[Comparison] | None = None,
     watch: Watch | None = None,
     say: Callable[[str], None] = print,
+    stage: Stage = silent,
 ) -> Path:
     """Aligns a model and returns the output folder.
 
@@ -46,6 +50,7 @@ def train(
         comparisons: already read; default the recipe's data set.
         watch: called on the main process after every step with its number and metrics.
         say: gets the lines a person should see.
+        stage: shows the progress of filling a cache.
 
     Raises:
         UserError: something in the recipe, the data or the output folder is wrong.
@@ -55,16 +60,27 @@ def train(
     say = say if accelerator.is_main_process else _silent
     resume = checkpoint.find(run)  # before anything is read or loaded
     repository = hub.repository(run) if run.push_to_hub and accelerator.is_main_process else None
+    cache = None
     if comparisons is None:
-        comparisons = _read(run, say)
+        comparisons = cache = _cached(run, accelerator, modality, stage, say) if run.cache_dir else None
+        comparisons = cache or _read(run, say)
+    elif run.cache_dir:
+        raise UserError(
+            "cache_dir is of the data set that dataset_name names; leave it out with comparisons in memory."
+        )
     if modality is None:
         members = len(comparisons[0].media) if len(comparisons) else 2
         modality = _load(run, accelerator, members, say)
     views = prepare_policy(modality, run)
+    reference = None
+    if run.cache_reference and cache:
+        untouched = Step(run, modality, as_it_is, accelerator, cache)
+        reference = reference_of(run, cache, untouched, dtype_of(run, accelerator), stage=stage)
     learner = Learner(run, modality, accelerator)
     progress = learner.resume(resume, say)
     batches = _deal(run, comparisons, accelerator)
-    step = Step(run, modality, views, accelerator)
+    step = Step(run, modality, views, accelerator, cache)
+    step.reference = reference
     validation = Validation(run, modality, views) if run.validation_prompts and accelerator.is_main_process else None
     _check_first(run, step, batches)
     output_dir = _open_output(run, accelerator)
@@ -221,9 +237,11 @@ def _one_step(
     # DDP averages gradients over processes, the step's mean is over their sum
     scale = accelerator.num_processes / max(counted, 1.0)
     meter, samples = Meter(), 0
-    for number, (items, draws) in enumerate(micro_batches):
+    parts = [part for items, draws in micro_batches for part in step.split(items, draws)]
+    for number, (items, draws) in enumerate(parts):
         probe, feedback = step.probe(items, draws)
-        likelihood, loss = step.backward(probe, feedback, scale, last=number == len(micro_batches) - 1)
+        known = step.known(items, draws)
+        likelihood, loss = step.backward(probe, feedback, scale, last=number == len(parts) - 1, known=known)
         meter.add(likelihood, loss, feedback)
         samples += len(probe)
     grad_norm, learning_rate = learner.update(empty=not counted)
@@ -249,8 +267,8 @@ def _one_step(
 def _steps(run: Run, batches: Batches, start: int) -> Iterator[list[tuple[list[Comparison], list[int]]]]:
     """The micro-batches of every optimizer step from `start` on."""
     accumulation = run.gradient_accumulation_steps
-    # With latents in memory most comparisons need no decoding any more
-    prepare = list if run.cache_latents else decode
+    # With latents in memory or on the disk most comparisons need no decoding any more
+    prepare = list if run.cache_latents or run.cache_dir else decode
     stream = batches.iterate(start * accumulation, run.max_train_steps * accumulation, prepare=prepare)
     while micro_batches := list(islice(stream, accumulation)):
         yield micro_batches
@@ -265,6 +283,8 @@ def _deal(run: Run, comparisons: Sequence[Comparison], accelerator: Any) -> Batc
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         num_workers=run.dataloader_num_workers,
+        kinds=comparisons.kinds if run.aspect_buckets and isinstance(comparisons, Cache) else None,
+        block=run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes,
     )
 
 
@@ -289,7 +309,7 @@ def _check_first(run: Run, step: Step, batches: Batches) -> None:
     except ValueError as error:
         raise UserError(f"{type(run.objective).__name__} cannot be trained on {run.dataset_name}: {error}.") from error
     # A table's rows are read one by one with their pictures: there a missing user is met when its turn comes
-    if step.users is not None and isinstance(batches.comparisons, list):
+    if step.users is not None and isinstance(batches.comparisons, list | Cache):
         for item in batches.comparisons:
             step.users.of(item)
 
@@ -302,8 +322,25 @@ def _read(run: Run, say: Callable[[str], None]) -> Sequence[Comparison]:
     return data.comparisons
 
 
+def caches(run: Run, accelerator: Any, *, stage: Stage = silent, say: Callable[[str], None] = print) -> Cache:
+    """Fills what a run reads from its cache, without training."""
+    cache = _cached(run, accelerator, None, stage, say)
+    if run.cache_reference:
+        modality = _load(run, accelerator, len(cache[0].media), say)
+        prepare_policy(modality, run)
+        step = Step(run, modality, as_it_is, accelerator, cache)
+        reference_of(run, cache, step, dtype_of(run, accelerator), stage=stage)
+    return cache
+
+
+def _cached(run: Run, accelerator: Any, modality: Any, stage: Stage, say: Callable[[str], None]) -> Cache:
+    cache = cache_of(run, dtype_of(run, accelerator), accelerator.device, modality=modality, stage=stage)
+    say(f"{cache.folder}: " + ", ".join(f"{count:,} {name}" for name, count in cache.counts.items()) + ".")
+    return cache
+
+
 def _load(run: Run, accelerator: Any, members: int, say: Callable[[str], None]) -> Any:
-    dtype = _dtype(run, accelerator)
+    dtype = dtype_of(run, accelerator)
     say(plan(run, dtype, members=members).text())
     return mmalign.load(
         run.pretrained_model_name_or_path,
@@ -311,10 +348,11 @@ def _load(run: Run, accelerator: Any, members: int, say: Callable[[str], None]) 
         dtype=dtype,
         device=accelerator.device,
         vae=run.pretrained_vae_model_name_or_path,
+        only="network" if run.cache_dir else None,
     )
 
 
-def _dtype(run: Run, accelerator: Any) -> torch.dtype:
+def dtype_of(run: Run, accelerator: Any) -> torch.dtype:
     """Of the frozen weights; a fully trained network keeps float32 weights under autocast."""
     if not run.use_lora:
         return torch.float32

@@ -55,7 +55,9 @@ def plan(run: Run, dtype: torch.dtype, skeleton: Any = None, members: int = 2) -
     vae_size = size if run.pretrained_vae_model_name_or_path else max(4, size)
     frozen = sum(count * (vae_size if name == "vae" else size) for name, count in counts.items() if name != "network")
     states = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}[run.optimizer]
-    copies = 1 if run.use_lora or "reference" not in run.objective.needs else 2
+    if run.cache_dir:
+        frozen = 0  # until something is generated
+    copies = 1 if run.use_lora or run.cache_reference or "reference" not in run.objective.needs else 2
     samples = run.rows_at_once if run.backward == "two-pass" else members * run.train_batch_size
     trained, activations = measured(skeleton, run, samples, dtype)
     saved = {

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mmalign.data.users import read_users
 from mmalign.records import UserError
 from mmalign.surrogate.probes import at_least_float32
+from mmalign.training.cached import framed
 from mmalign.training.run import Run
 from mmalign.training.views import WeightViews
 
@@ -39,13 +40,14 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
         UserError: the LoRA's target modules are not in this network.
     """
     network: nn.Module = modality.network
-    if run.resolution:
-        modality.resolution = run.resolution
+    framed(modality, run)
     if run.gradient_checkpointing:
         checkpoint_blocks(network)
     network.train()  # checkpointing works in train mode alone; these networks have no dropout
     if not run.use_lora:
-        views = WeightViews(modality, copy_reference="reference" in run.objective.needs or bool(run.validation_prompts))
+        asks = "reference" in run.objective.needs and not run.cache_reference
+        inverts = getattr(run.objective.draw, "view", None) == "reference"
+        views = WeightViews(modality, copy_reference=asks or inverts or bool(run.validation_prompts))
         network.requires_grad_(True)
         return views
     network.requires_grad_(False)

@@ -51,6 +51,15 @@ class Run:
         rows_at_once: samples a two-pass backward holds.
         proportion_empty_prompts: share of comparisons that are shown the empty prompt.
         cache_latents: keep every comparison's latents and embeddings in memory after their first use.
+        cache_dir: folder of caches on the disk (`mmalign cache`), filled first where that is not done yet; training
+            then loads no VAE and no text encoder.
+        cache_moments: cache the posterior's mean and deviation, and draw each epoch's sample by counter, as training
+            live does; False caches one sample, in half the space.
+        max_quarantined: the share of rows that may be broken (missing, cut off, not UTF-8 ...) when a cache is filled.
+        draws_per_sample: go round so many fixed draws (timestep, noise, dropout) of a comparison, one an epoch; None
+            draws anew every epoch.
+        cache_reference: cache the reference's answers to these draws as well; training then runs no reference.
+        aspect_buckets: train on pictures of several aspects, of about `resolution` squared pixels, instead of squares.
         checkpointing_steps: save every so many steps.
         checkpoints_total_limit: keep so many; None keeps all.
         resume_from_checkpoint: "latest" or a checkpoint's folder.
@@ -104,6 +113,12 @@ class Run:
     rows_at_once: int = 1
     proportion_empty_prompts: float = 0.0
     cache_latents: bool = False
+    cache_dir: str | None = None
+    cache_moments: bool = True
+    max_quarantined: float = 0.05
+    draws_per_sample: int | None = None
+    cache_reference: bool = False
+    aspect_buckets: bool = False
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
@@ -127,15 +142,27 @@ class Run:
             "user_tokens",
             "rows_at_once",
         )
-        for name in (*at_least_one, "checkpointing_steps", "validation_steps", "early_stop"):
+        for name in (*at_least_one, "checkpointing_steps", "validation_steps", "early_stop", "draws_per_sample"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be 1 or more.")
         if self.early_stop and not (self.validation_prompts and self.validation_scorers):
             raise UserError("early_stop needs something to follow; give validation_prompts and validation_scorers.")
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise UserError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it has to be in [0, 1].")
+        for name in ("proportion_empty_prompts", "max_quarantined"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it has to be in [0, 1].")
+        self._check_users()
+        self._check_reference()
         if self.score_scale is not None and not self.score_scale[0] < self.score_scale[1]:
             raise UserError(f"score_scale is {self.score_scale}; its first number has to be the smaller one.")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate is {self.learning_rate}; it has to be above 0.")
+        if self.lora and not self.use_lora:
+            raise UserError("lora is given but use_lora is off; a full fine-tune cannot start from a LoRA.")
+        if self.backward == "two-pass" and getattr(self.objective, "mixes", False):
+            raise UserError(f"{type(self.objective).__name__} mixes predictions, so backward has to be plain.")
+
+    def _check_users(self) -> None:
+        """Raises UserError where users are asked for and cannot be."""
         if not 0 <= self.user_dropout < 1:
             raise UserError(f"user_dropout is {self.user_dropout}; it has to be in [0, 1).")
         if getattr(self.objective, "personal", False) and not self.users:
@@ -145,12 +172,21 @@ class Run:
             )
         if self.users and not self.use_lora:
             raise UserError("users is given but use_lora is off; user layers are trained beside frozen weights only.")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate is {self.learning_rate}; it has to be above 0.")
-        if self.lora and not self.use_lora:
-            raise UserError("lora is given but use_lora is off; a full fine-tune cannot start from a LoRA.")
-        if self.backward == "two-pass" and getattr(self.objective, "mixes", False):
-            raise UserError(f"{type(self.objective).__name__} mixes predictions, so backward has to be plain.")
+
+    def _check_reference(self) -> None:
+        """Raises UserError where a cached reference would be none of this run's."""
+        if not self.cache_reference:
+            return
+        name, draw = type(self.objective).__name__, getattr(self.objective, "draw", None)
+        if not (self.cache_dir and self.draws_per_sample):
+            raise UserError("cache_reference needs cache_dir, and draws_per_sample: the reference answers fixed draws.")
+        if "reference" not in self.objective.needs:
+            raise UserError(f"{name} asks no reference, so there is none to cache; leave cache_reference out.")
+        if draw is not None and not draw.cacheable:
+            raise UserError(
+                f"{name} draws by {type(draw).__name__} under the policy, which changes as it learns, so its reference"
+                ' cannot be cached; take a draw with view="reference", or FreshNoise, or leave cache_reference out.'
+            )
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values, for `recipe.json`."""
@@ -175,6 +211,9 @@ _FREE_TO_CHANGE = {
     "rows_at_once",
     "gradient_checkpointing",
     "cache_latents",
+    "cache_dir",
+    "max_quarantined",
+    "cache_reference",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",

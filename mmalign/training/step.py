@@ -8,13 +8,14 @@ Shapes: N samples of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmalign.data.cache import EMPTY, Cache
 from mmalign.data.users import Users, numbers_of, read_users
 from mmalign.records import Comparison
 from mmalign.surrogate import (
@@ -30,7 +31,6 @@ from mmalign.surrogate import (
 )
 from mmalign.surrogate.draws import normal, uniform
 from mmalign.training.run import Run
-from mmalign.training.views import WeightViews
 
 
 def feedback_of(items: Sequence[Comparison], scale: tuple[float, float] | None = None) -> Feedback:
@@ -53,14 +53,26 @@ def keys_of(items: Sequence[Comparison], draws: Sequence[int], seed: int) -> Key
 
 
 class Encoder:
-    """Comparisons to latents and conditions, kept in memory after their first use when `keep` is set."""
+    """Comparisons to latents and conditions, from the cache, or kept in memory after their first use."""
 
-    def __init__(self, modality: Any, keep: bool) -> None:
-        self.modality, self.keep = modality, keep
+    def __init__(self, modality: Any, keep: bool, cache: Cache | None = None) -> None:
+        self.modality, self.keep, self.cache = modality, keep, cache
         self.kept: dict[str, Any] = {}
 
-    def __call__(self, items: Sequence[Comparison]) -> Any:
+    def frame(self, item: Any) -> tuple[int, ...]:
+        """The shape that all its media have."""
+        return item.shape if self.cache else self.modality.frame(item)
+
+    def empty(self) -> Cond:
+        """The empty prompt."""
+        if not self.cache:
+            return self.modality.empty()
+        return Cond({name: value[None] for name, value in self.cache.pieces[EMPTY].items()}).to(self.modality.device)
+
+    def __call__(self, items: Sequence[Any]) -> Any:
         """The modality's Encoded of the items."""
+        if self.cache:
+            return self.cache.encoded(self.modality, items)
         if not self.keep:
             return self.modality.encode(items)
         for item in items:
@@ -78,14 +90,18 @@ class Step:
         modality: encodes and predicts.
         views: switches the weights.
         accelerator: runs backward and sums over processes.
+        cache: where the items come from, if they are cached ones.
     """
 
-    def __init__(self, run: Run, modality: Any, views: WeightViews, accelerator: Any) -> None:
+    def __init__(
+        self, run: Run, modality: Any, views: Callable[[str], Any], accelerator: Any, cache: Cache | None = None
+    ) -> None:
         self.run, self.modality, self.views, self.accelerator = run, modality, views, accelerator
         self.objective = run.objective
         self.draw = self.objective.draw or (FreshNoise() if modality.path is not None else AnswerTokens())
-        self.encode = Encoder(modality, run.cache_latents)
-        self.empty: Cond | None = modality.empty() if run.proportion_empty_prompts else None
+        self.encode = Encoder(modality, run.cache_latents, cache)
+        self.empty = self.encode.empty() if run.proportion_empty_prompts else None
+        self.reference: Callable[[Sequence[Any], Sequence[int]], Tensor] | None = None  # known answers, if cached
         self.users: Users | None = read_users(run.users) if run.users else None
 
     def terms(self, items: Sequence[Comparison]) -> int:
@@ -94,8 +110,27 @@ class Step:
         zero = torch.zeros(len(feedback.score))
         return len(self.objective(Likelihood(dict.fromkeys(("policy", *self.objective.needs), zero)), feedback))
 
+    def split(self, items: Sequence[Comparison], draws: Sequence[int]) -> list[tuple[list[Comparison], list[int]]]:
+        """The batch in parts of one shape: the step's mean does not depend on how it is cut.
+
+        Draw indices become those of the run's fixed draws, if it has them.
+        """
+        count = self.run.draws_per_sample
+        parts: dict[tuple[int, ...], tuple[list[Comparison], list[int]]] = {}
+        for item, draw in zip(items, draws, strict=True):
+            part = parts.setdefault(self.encode.frame(item) if self.run.aspect_buckets else (), ([], []))
+            part[0].append(item)
+            part[1].append(draw % count if count else draw)
+        return list(parts.values())
+
+    def known(self, items: Sequence[Comparison], draws: Sequence[int]) -> dict[str, Tensor]:
+        """Answers that need not be asked for: view -> [N]."""
+        if not self.reference:
+            return {}
+        return {"reference": self.reference(items, draws).to(self.accelerator.device)}
+
     def probe(self, items: Sequence[Comparison], draws: Sequence[int]) -> tuple[Probe, Feedback]:
-        """Encodes comparisons and draws where their likelihood is asked."""
+        """Encodes comparisons of one shape and draws where their likelihood is asked."""
         encoded = self.encode(items)
         keys, cond = keys_of(items, draws, self.run.seed), encoded.cond
         if self.empty is not None:
@@ -119,39 +154,64 @@ class Step:
         """For draws that ask the network themselves (inversions): no gradient, row by row where memory asks."""
         probe = NoisedProbe(self.modality.path, x_t, t, torch.zeros_like(x_t), cond, x_t)
         with self.views(view):
-            return torch.cat([self.modality.predict(probe[rows], view) for rows in self._rows(len(probe))])
+            return torch.cat([self.modality.predict(probe[rows], view) for rows in self.rows(len(probe))])
 
-    def _rows(self, count: int) -> list[slice]:
+    def rows(self, count: int) -> list[slice]:
+        """The rows that are asked at once."""
         size = self.run.rows_at_once if self.run.backward == "two-pass" else count
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def backward(self, probe: Probe, feedback: Feedback, scale: float, last: bool) -> tuple[Likelihood, Tensor]:
+    def backward(
+        self, probe: Probe, feedback: Feedback, scale: float, last: bool, known: Mapping[str, Tensor] | None = None
+    ) -> tuple[Likelihood, Tensor]:
         """Adds a micro-batch's gradient; `last` is the one after which processes sum theirs.
+
+        Args:
+            probe: of N samples.
+            feedback: of the same.
+            scale: of the sum of losses.
+            last: whether processes sum their gradients after it.
+            known: see `known`.
 
         Returns:
             The likelihood and the unreduced loss, both without gradient.
         """
         two_pass = self.run.backward == "two-pass"
-        likelihood, loss = (self._two_pass if two_pass else self._plain)(probe, feedback, scale, last)
+        likelihood, loss = (self._two_pass if two_pass else self._plain)(probe, feedback, scale, last, known or {})
         logp = {view: value.detach() for view, value in likelihood.logp.items()}
         return Likelihood(logp, {}, probe), loss.detach()
 
     def _sync(self, wanted: bool) -> Any:
         return nullcontext() if wanted else self.accelerator.no_sync(self.modality.network)
 
-    def _plain(self, probe: Probe, feedback: Feedback, scale: float, last: bool) -> tuple[Likelihood, Tensor]:
+    def _plain(
+        self, probe: Probe, feedback: Feedback, scale: float, last: bool, known: Mapping[str, Tensor]
+    ) -> tuple[Likelihood, Tensor]:
         mixes = getattr(self.objective, "mixes", False)
         with self._sync(last):
-            likelihood = evaluate(self.modality, probe, self.objective.needs, use=self.views, keep_prediction=mixes)
+            likelihood = evaluate(
+                self.modality, probe, self.objective.needs, use=self.views, known=known, keep_prediction=mixes
+            )
             loss = self.objective(likelihood, feedback)
             self.accelerator.backward(loss.sum() * scale)
         return likelihood, loss
 
-    def _two_pass(self, probe: Probe, feedback: Feedback, scale: float, last: bool) -> tuple[Likelihood, Tensor]:
+    def _two_pass(
+        self, probe: Probe, feedback: Feedback, scale: float, last: bool, known: Mapping[str, Tensor]
+    ) -> tuple[Likelihood, Tensor]:
         """An objective is a function of N numbers: differentiate it there, then re-run the network row by row."""
-        rows = self._rows(len(probe))
+        rows = self.rows(len(probe))
         with torch.no_grad():
-            parts = [evaluate(self.modality, probe[part], self.objective.needs, use=self.views).logp for part in rows]
+            parts = [
+                evaluate(
+                    self.modality,
+                    probe[part],
+                    self.objective.needs,
+                    use=self.views,
+                    known={view: values[part] for view, values in known.items()},
+                ).logp
+                for part in rows
+            ]
         logp = {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
         leaf = logp["policy"] = logp["policy"].requires_grad_()
         likelihood = Likelihood(logp, {}, probe)

@@ -233,8 +233,8 @@ def test_non_finite_gradients_are_skipped_counted_and_end_the_run(recipe, pairs,
 
     real = Step.backward
 
-    def poisoned(self, probe, feedback, scale, last):
-        return real(self, probe, feedback, float("nan"), last)
+    def poisoned(self, probe, feedback, scale, last, known):
+        return real(self, probe, feedback, float("nan"), last, known)
 
     monkeypatch.setattr(Step, "backward", poisoned)
     with pytest.raises(RuntimeError, match="3 steps had non-finite gradients"):
@@ -249,9 +249,9 @@ def test_a_skipped_first_step_moves_the_schedule_alone(recipe, pairs, monkeypatc
 
     real, calls = Step.backward, []
 
-    def poisoned_once(self, probe, feedback, scale, last):
+    def poisoned_once(self, probe, feedback, scale, last, known):
         calls.append(scale)
-        return real(self, probe, feedback, float("nan") if len(calls) == 1 else scale, last)
+        return real(self, probe, feedback, float("nan") if len(calls) == 1 else scale, last, known)
 
     monkeypatch.setattr(Step, "backward", poisoned_once)
     run_it(recipe, pairs, **settings, max_train_steps=1)
