@@ -22,6 +22,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
   user make|blend       a user's embedding from four pairs; a taste between two users
   score PATH            score pictures, tables, candidates or comparisons
+  pairs SCORED          preference data of what was scored
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers               list the bundled scorers
   demo                  compare base and aligned model in the browser
@@ -217,6 +218,42 @@ def score(
     score_media(path, scorer or ("embedded-hps",), prompt, output, num_workers)
 
 
+def pairs(
+    scored: str,
+    output_dir: str = "pairs",
+    mode: Literal["best-worst", "all", "ranked", "soft"] = "best-worst",
+    scores: str | None = None,
+    scorer: tuple[str, ...] = (),
+    combine: Literal["first", "zscore"] = "first",
+    min_margin: float = 0.0,
+    drop_fraction: float = 0.0,
+    agreement: float = 0.0,
+    disagree: Literal["keep", "drop"] = "keep",
+    layout: Literal["parquet", "jsonl"] = "parquet",
+) -> None:
+    """Makes preference data of what mmalign score has scored, with a card that counts everything.
+
+    Args:
+        scored: a candidates folder, a table with a prompt, a picture and scores a row, or a data set of comparisons.
+        output_dir: where the comparisons go, with README.md, card.json and, if people disagree, disagreements.csv.
+        mode: best-worst pairs a prompt's best with its worst; all makes every pair; ranked makes one list of the shares
+            of comparisons won over all scorers (RankDPO); soft makes every pair and is for SmPO.
+        scores: table of scores; default where mmalign score put it, or the table's own columns.
+        scorer: whose scores count, the main one first; once or more; default all.
+        combine: the score of a pair is the first scorer's, or the mean of all scorers' z-scores.
+        min_margin: leave out pairs that are closer in score.
+        drop_fraction: then leave out this share, the closest, in [0, 1).
+        agreement: leave out pairs on whose order fewer of the scorers agree, in [0, 1].
+        disagree: where people's order is the opposite, keep takes the scorer's (as SmPO does), drop leaves it out.
+        layout: parquet, or jsonl with the pictures beside it.
+    """
+    from mmalign.commands import make_pairs
+    from mmalign.data.pairs import Rule
+
+    rule = Rule(mode, combine, min_margin, drop_fraction, agreement, disagree)
+    make_pairs(scored, output_dir, rule, scores=scores, scorers=scorer, layout=layout)
+
+
 def recipes(argv: Sequence[str]) -> None:
     """Lists the bundled recipes, or copies one."""
     from mmalign.recipe import copy_recipe, listed
@@ -267,6 +304,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "compare": compare,
     "score": score,
+    "pairs": pairs,
     "scorers": scorers,
     "demo": demo,
 }

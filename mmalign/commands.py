@@ -243,11 +243,13 @@ def score_media(
     Raises:
         UserError: nothing at the path, a prompt is missing, or no medium could be scored.
     """
+    import datasets
     from accelerate import PartialState
 
     from mmalign.data.media import open_source
     from mmalign.data.score import score_media as score_all
 
+    datasets.disable_progress_bars()  # they would stand in front of our own lines
     source = open_source(path, prompt)
     processes = PartialState()
     judges: dict[str, Any] = {}
@@ -293,3 +295,31 @@ def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float
     print(f"{count - failed} scored, {failed} not decoded; all rows are in {target}. {count / seconds:.1f} rows/s")
     if failed == count:
         raise UserError(f"{path}: none of its pictures could be decoded.")
+
+
+def make_pairs(scored: str, output_dir: str, rule: Any, **settings: Any) -> None:
+    """What `mmalign pairs` does; `settings` are those of `mmalign.data.pairs.make_pairs`."""
+    from contextlib import ExitStack
+
+    import datasets
+
+    from mmalign.data.pairs import make_pairs as make
+
+    datasets.disable_progress_bars()
+    with ExitStack() as stack:
+        made = make(
+            scored,
+            output_dir,
+            rule,
+            progress=lambda total: stack.enter_context(stage("Comparisons", total)),
+            **settings,
+        )
+    for title, counts in (("Candidates", made.candidates), ("Prompts", made.prompts), ("Pairs", made.pairs)):
+        title = "Lists" if title == "Pairs" and rule.mode == "ranked" else title
+        print(f"{title:<11}" + ", ".join(f"{name} {count:,}" for name, count in counts.items() if count))
+    if made.disagreements:
+        fate = "left out" if rule.disagree == "drop" else "the scorer's order was taken"
+        print(f"People      preferred the opposite in {made.disagreements:,} ({fate}); see disagreements.csv")
+    if rule.mode != "ranked":
+        print(f"Scale       score_scale=({made.low:.6g}, {made.high:.6g}) in a recipe maps these scores to [0, 1]")
+    print(f"Written     {output_dir} (README.md says what is in it)")

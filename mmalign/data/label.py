@@ -1,9 +1,11 @@
-"""From scored candidates to comparisons."""
+"""From scored candidates to comparisons: the arithmetic, and whole small tables held in memory."""
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from mmalign.records import Comparison, UserError
 
@@ -38,9 +40,10 @@ def best_worst(
     if not len(prompts) == len(media) == len(scores) == len(sources):
         raise UserError(f"{len(prompts)} prompts with {len(media)} lists of media and {len(scores)} of scores.")
     pairs = [_pair(*row) for row in zip(prompts, media, scores, sources, strict=True)]
-    untied = [pair for pair in pairs if _margin(pair) > 0]
-    clear = [pair for pair in untied if _margin(pair) >= min_margin]
-    kept = sorted(range(len(clear)), key=lambda row: _margin(clear[row]))[int(drop_fraction * len(clear)) :]
+    untied = [pair for pair in pairs if margin(pair.score) > 0]
+    clear = [pair for pair in untied if margin(pair.score) >= min_margin]
+    weak = weakest([margin(pair.score) for pair in clear], drop_fraction)
+    kept = [pair for pair, is_weak in zip(clear, weak, strict=True) if not is_weak]
     counts = {
         "prompts": len(pairs),
         "ties": len(pairs) - len(untied),
@@ -48,7 +51,7 @@ def best_worst(
         "dropped": len(clear) - len(kept),
         "kept": len(kept),
     }
-    return [clear[row] for row in sorted(kept)], counts
+    return kept, counts
 
 
 def ranked(
@@ -58,10 +61,7 @@ def ranked(
     *,
     sources: Sequence[Sequence[str]] | None = None,
 ) -> tuple[list[Comparison], dict[str, int]]:
-    """Each prompt's candidates as one ranked list, scored by the share of comparisons that each won.
-
-    A candidate's score is phi = C / (S (K - 1)), with C the candidates that it beats, summed over the scorers; a tie
-    counts for nobody (Syn-Pic, arXiv 2410.18013 algorithm 1). It is in [0, 1], what RankDPO takes for its gains.
+    """Each prompt's candidates as one ranked list, scored by `win_shares`.
 
     Args:
         prompts: [G] texts.
@@ -84,30 +84,66 @@ def ranked(
     for row, prompt in enumerate(prompts):
         own = [[float(score) for score in rows[row]] for rows in scores]
         _check(prompt, media[row], own, sources[row])
-        k = len(own[0])
-        share = tuple(sum(s[i] > other for s in own for other in s) / (len(own) * (k - 1)) for i in range(k))
-        if len(set(share)) > 1:
-            lists.append(_comparison(prompt, media[row], share, sources[row]))
+        share = win_shares(own)
+        if margin(share) > 0:
+            lists.append(comparison(prompt, media[row], share, sources[row]))
     return lists, {"prompts": len(prompts), "ties": len(prompts) - len(lists), "kept": len(lists)}
 
 
-def _margin(pair: Comparison) -> float:
-    return pair.score[0] - pair.score[1]
+def extremes(scores: Sequence[float]) -> tuple[int, int]:
+    """The places of the best and of the worst score; of equal ones the first."""
+    return scores.index(max(scores)), scores.index(min(scores))
+
+
+def all_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """Every two places, the better first; K (K - 1) / 2 of them."""
+    places = range(len(scores))
+    return [(i, j) if scores[i] >= scores[j] else (j, i) for i in places for j in places[i + 1 :]]
+
+
+def win_shares(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """[K] the share of comparisons that each of K candidates won, from the scores [S][K] of S scorers.
+
+    phi = C / (S (K - 1)), with C the candidates that one beats, summed over the scorers; a tie counts for nobody
+    (Syn-Pic, arXiv 2410.18013 algorithm 1). It is in [0, 1], what RankDPO takes for its gains.
+    """
+    k = len(scores[0])
+    return tuple(sum(s[i] > other for s in scores for other in s) / (len(scores) * (k - 1)) for i in range(k))
+
+
+def margin(scores: Sequence[float]) -> float:
+    """Between the best and the worst."""
+    return max(scores) - min(scores)
+
+
+def weakest(margins: Sequence[float], fraction: float) -> np.ndarray:
+    """[P] bool, the `fraction` of pairs (rounded down) with the smallest margins; of equal ones the first."""
+    found = np.zeros(len(margins), bool)
+    found[np.argsort(np.asarray(margins, float), kind="stable")[: int(fraction * len(margins))]] = True
+    return found
+
+
+def comparison(
+    prompt: str,
+    media: Iterable[Any],
+    scores: Iterable[float],
+    sources: Sequence[str],
+    key: Sequence[str] = (),
+    **fields: Any,
+) -> Comparison:
+    """A comparison whose id is a hash of prompt and sources, and of what `key` adds to tell it from others."""
+    name = hashlib.sha256("\0".join((prompt, *sources, *key)).encode()).hexdigest()[:24]
+    return Comparison(id=name, prompt=prompt, media=tuple(media), score=tuple(scores), source=tuple(sources), **fields)
 
 
 def _pair(prompt: str, media: Sequence, scores: Sequence[float], sources: Sequence[str]) -> Comparison:
     scores = [float(score) for score in scores]
     _check(prompt, media, [scores], sources)
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    return _comparison(prompt, *([row[best], row[worst]] for row in (media, scores, sources)))
+    places = extremes(scores)
+    return comparison(prompt, *([row[place] for place in places] for row in (media, scores, sources)))
 
 
 def _check(prompt: str, media: Sequence, scores: Sequence[Sequence[float]], sources: Sequence[str]) -> None:
     for row in scores:
         if not len(media) == len(row) == len(sources) >= 2 or not all(map(math.isfinite, row)):
             raise UserError(f"prompt {prompt!r}: needs two or more candidates, each with a finite score: {row}.")
-
-
-def _comparison(prompt: str, media: Sequence, scores: Sequence[float], sources: Sequence[str]) -> Comparison:
-    key = hashlib.sha256("\0".join((prompt, *sources)).encode()).hexdigest()[:24]
-    return Comparison(id=key, prompt=prompt, media=tuple(media), score=tuple(scores), source=tuple(sources))

@@ -22,6 +22,7 @@ TABLES = {".parquet", ".csv", ".jsonl"}
 MEDIUM = ("file_name", "image", "file", "path", "jpg")  # columns that hold the picture; the first that is there counts
 PROMPT = ("prompt", "caption", "text")
 SCORES = "scores.parquet"
+HEADER = b"mmalign"  # of the provenance in such a file
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Source:
     Attributes:
         name: As the user gave it.
         kind: pictures, table, candidates or comparisons.
-        fields: Column of the scores -> "string" or "int64".
+        fields: Column of the scores -> its Arrow type.
         total: Number of rows; of comparisons as if all were pairs, as it is for the bar alone.
         rows: Starts to read them, in a fixed order.
         output: Where the scores go by default.
@@ -106,6 +107,22 @@ def is_table(path: str | Path) -> bool:
     """Whether rows of one medium each lie at `path`, and no comparisons."""
     files = table_files(Path(path))
     return bool(files) and medium_column(column_names(files[0])) is not None
+
+
+def read_header(scores: Path) -> dict[str, Any]:
+    """The provenance in a table of scores; empty where there is none."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(scores).metadata if scores.suffix == ".parquet" else None
+    return json.loads((metadata or {}).get(HEADER, b"{}"))
+
+
+def table_sql(file: Path) -> str:
+    """What stands for a parquet, CSV or JSONL file behind FROM."""
+    name = str(file).replace("'", "''")
+    if file.suffix == ".parquet":
+        return f"read_parquet('{name}')"
+    return f"read_csv('{name}', header = true)" if file.suffix == ".csv" else f"read_json('{name}')"
 
 
 # --- tables ---
@@ -289,7 +306,7 @@ def _comparisons(name: str, path: Path) -> Source:
     """Member k of comparison i is a row; human ties are no comparisons, so they are not scored."""
     comparisons = read_comparisons(name, strict=False).comparisons
     texts = dict.fromkeys(("prompt", "model", "user"), "string")
-    fields = {"id": "string", "member": "int64", **texts, "number": "int64"}
+    fields = {"id": "string", "member": "int64", **texts, "number": "int64", "human": "float64"}
 
     def rows() -> Iterator[Row]:
         for number in range(len(comparisons)):
@@ -301,7 +318,7 @@ def _comparisons(name: str, path: Path) -> Source:
             for member, medium in enumerate(item.media):
                 model = item.source[member] if item.source else None
                 columns = {"id": item.id, "member": member, "prompt": item.prompt, "model": model}
-                columns |= {"user": item.user, "number": number}
+                columns |= {"user": item.user, "number": number, "human": item.score[member]}
                 yield Row(medium, item.prompt, columns, f"comparison {item.id!r}, picture {member}")
 
     return Source(name, "comparisons", fields, 2 * len(comparisons), rows, default_scores(path))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmalign.data.media import Row, Source
+from mmalign.data.media import HEADER, Row, Source, read_header, table_sql
 from mmalign.records import Text, UserError, open_image
 from mmalign.scoring.scorer import Card, Scorer
 from mmalign.scoring.weights import find
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 PART_ROWS, BATCH_ROWS = 256, 32  # rows that a killed run loses at most, and that a scorer is given at once
 GROUP_ROWS = 2**16  # rows of scores in a row group of the output
-HEADER = b"mmalign"
 
 
 def score_media(
@@ -112,14 +111,6 @@ def _facts(card: Card) -> dict[str, Any]:
     }
     facts = {"name": card.name, "family": card.family, "model": card.model, "preprocess": card.preprocess}
     return json.loads(json.dumps({**facts, "score": card.score, "weights": weights}, default=str))
-
-
-def read_header(scores: Path) -> dict[str, Any]:
-    """The provenance in a table of scores; empty where there is none."""
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_schema(scores).metadata if scores.suffix == ".parquet" else None
-    return json.loads((metadata or {}).get(HEADER, b"{}"))
 
 
 class Known:
@@ -339,11 +330,3 @@ def read_scores(scores: Path) -> Iterator[dict[str, Any]]:
     with duckdb.connect() as db:
         rows = db.sql(f"FROM {table_sql(scores)}")
         yield from (dict(zip(rows.columns, row, strict=True)) for row in rows.fetchall())
-
-
-def table_sql(file: Path) -> str:
-    """What stands for a parquet, CSV or JSONL file behind FROM."""
-    name = str(file).replace("'", "''")
-    if file.suffix == ".parquet":
-        return f"read_parquet('{name}')"
-    return f"read_csv('{name}', header = true)" if file.suffix == ".csv" else f"read_json('{name}')"
