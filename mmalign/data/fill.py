@@ -83,7 +83,7 @@ class Fill:
                 self._together("Encoding", self._shards(), self._encode)
                 storage.share([work / "finished"], self._finish, locks=work / "locks")
             except FileNotFoundError:
-                if work.exists():  # else another process has just finished it all
+                if open_cache(self.cache_dir, self.facts) is None:  # else another process has finished and tidied up
                     raise
         shutil.rmtree(work, ignore_errors=True)
         return cache
@@ -130,7 +130,7 @@ class Fill:
 
     def _plan(self, path: Path) -> None:
         """The keys that are missing, in the order in which they first come up, cut into shards."""
-        self._check(Counter(row["reason"] for row in self._seen_rows() if row["reason"]))
+        self._check(self._left_out({}))
         stored = {kind: self._stored(kind) for kind in ("media", "prompts")}
         wanted: dict[str, dict[str, tuple[int, int]]] = {"media": {}, "prompts": {EMPTY: (-1, 0)}}
         for row in self._seen_rows():
@@ -169,24 +169,19 @@ class Fill:
             found |= dict.fromkeys((name.partition("/")[0] for name in names), f"{folder.name}/{path.name}")
         return found
 
-    def _check(self, reasons: Mapping[str, int]) -> None:
-        """Raises UserError where more rows are broken than may be."""
-        broken = Counter(row.reason for row in self.data.left_out) + Counter(reasons)
-        broken = {reason: count for reason, count in sorted(broken.items()) if reason not in NOT_BROKEN}
+    def _check(self, left_out: Sequence[Mapping[str, Any]]) -> None:
+        """Raises UserError, and lists the rows, where more are broken than may be."""
+        reasons = Counter(row["reason"] for row in left_out)
+        broken = {reason: count for reason, count in sorted(reasons.items()) if reason not in NOT_BROKEN}
         share = sum(broken.values()) / max(1, self.data.counts["read"])
-        if share > self.max_quarantined:
-            path = self._list_broken()
-            listed = ", ".join(f"{count} {reason}" for reason, count in broken.items())
+        if share > self.max_quarantined or len(left_out) == self.data.counts["read"]:
+            path = Path(self.cache_dir) / QUARANTINE
+            _write_lines(path, left_out)
+            listed = ", ".join(f"{count} {reason}" for reason, count in (broken or reasons).items())
             raise UserError(
                 f"{sum(broken.values())} of {self.data.counts['read']} rows are broken ({listed}): {share:.1%}, where"
                 f" {self.max_quarantined:.1%} may be. They are listed in {path}: mend them, or raise --max-quarantined."
             )
-
-    def _list_broken(self) -> Path:
-        path = Path(self.cache_dir) / QUARANTINE
-        with storage.atomic_file(path) as temp:
-            temp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._left_out({})))
-        return path
 
     # -- encode --------------------------------------------------------------------------------------------
 
@@ -252,17 +247,13 @@ class Fill:
         bad = self._bad()
         kept = [row for row in self._seen_rows() if row["reason"] is None and not _faults(row, bad)]
         left_out = self._left_out(bad)
-        self._check(Counter(row["reason"] for row in left_out[len(self.data.left_out) :]))
+        self._check(left_out)
         counts = {"read": self.data.counts["read"], "cached": len(kept), **Counter(row["reason"] for row in left_out)}
-        if not kept:
-            raise UserError(f"No row can be cached ({counts}); they are listed in {self._list_broken()}.")
         target = self.facts.folder(self.cache_dir, "items")
         with storage.atomic_folder(target) as folder:
             _write(folder / ITEMS, [{name: row[name] for name in ITEM} for row in kept], ITEM)
             self._index(folder / INDEX, kept)
-            lines = sorted(left_out, key=lambda row: row["row"])
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
-            (folder / QUARANTINE).write_text(text, encoding="utf-8", errors="backslashreplace")
+            _write_lines(folder / QUARANTINE, left_out)
             storage.write_json(folder / FACTS, {**asdict(self.facts), "counts": counts})
         path.touch()
 
@@ -379,6 +370,12 @@ ITEM = {"id": "string", "prompt": "string", "asked": "string", "media": "strings
 LOOK = {"place": "int64", "row": "int64", "reason": "string", "detail": "string", **ITEM}
 PLAN = {"kind": "string", "shard": "string", "key": "string", "place": "int64", "number": "int64"}
 INDEXED = {"key": "string", "shard": "string", "sha256": "string", "bytes": "int64"}
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: row["row"]))
+    with storage.atomic_file(path) as temp:
+        temp.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ from mmalign.surrogate.paths import Path as NoisePath
 from mmalign.surrogate.probes import at_least_float32
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-MAX_ENLARGED = 16  # a picture that would have to grow by more is none: a 1 x 1 placeholder, an icon
+MAX_ENLARGED = 16  # a picture that would have to grow by as much is none: a 1 x 1 placeholder, an icon
 
 
 class LatentImageModality(Holder):
@@ -143,7 +143,7 @@ class LatentImageModality(Holder):
         """[3, *frame] in [-1, 1], and "size"."""
         picture = open_image(item.media[number], name=_name(item, number))
         (width, height), (high, wide) = picture.size, frame
-        if min(width, height) * MAX_ENLARGED < min(frame):
+        if min(width, height) * MAX_ENLARGED <= min(frame):
             raise UserError(
                 f"{_name(item, number)}: is {width} x {height} pixels, too small for {wide} x {high}; remove it.",
                 reason="too_small",
