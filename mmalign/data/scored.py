@@ -141,17 +141,17 @@ def _chosen(table: Path, scorers: Sequence[str]) -> tuple[str, ...]:
 
 def _sort(db: Any, rows: str, scorers: Sequence[str], target: Path) -> None:
     """Writes the rows by group, groups by where their prompt comes first; each user of a prompt is a group."""
-    scored = ", ".join(f'TRY_CAST("{name}" AS DOUBLE) AS s{n}' for n, name in enumerate(scorers))
+    scored = ", ".join(f'TRY_CAST(found."{name}" AS DOUBLE) AS s{n}' for n, name in enumerate(scorers))
     db.execute(
         f"""COPY (
             WITH found AS (
                 SELECT *, md5_number(concat_ws(chr(0), prompt, coalesce("user", ''), coalesce(cond, ''))) AS whole
                 FROM ({rows})
-            ), firsts AS (SELECT whole, min(number) AS first FROM found GROUP BY whole)
+            ), firsts AS (SELECT whole, min(number) AS first_number FROM found GROUP BY whole)
             SELECT prompt, "user", cond, id, model, seed, member, number, human, error, file, place, path, text,
                 {scored}, grp, CAST(whole AS VARCHAR) AS key
             FROM found JOIN firsts USING (whole)
-            ORDER BY first, whole, grp, model, seed, member, number, id
+            ORDER BY first_number, whole, grp, model, seed, member, number, id
         ) TO '{_quoted(target)}' (FORMAT parquet, ROW_GROUP_SIZE 16384)"""
     )
 
