@@ -1,0 +1,256 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmalign.data.candidates import Candidate, candidate_id, write_part
+from mmalign.data.export import write_comparisons
+from mmalign.data.media import open_source, read_header
+from mmalign.data.score import PART_ROWS, score_media, summary
+from mmalign.records import Comparison, Text, UserError, open_image
+from mmalign.scoring.scorer import Card, Scorer
+from tests.conftest import picture
+
+
+class Red(Scorer):
+    """The mean of the red channel; counts what it is shown."""
+
+    def __init__(self, name="red", **facts):
+        self.card = Card(name=name, family="none", folder=None, **facts)
+        self.seen = 0
+
+    def score(self, media, prompts, *, batch_size=32):
+        self.seen += len(media)
+        return torch.tensor([one.resize((1, 1)).getpixel((0, 0))[0] / 255 for one in media])
+
+
+class Blue(Red):
+    def score(self, media, prompts, *, batch_size=32):
+        super().score(media, prompts)
+        return torch.tensor([one.resize((1, 1)).getpixel((0, 0))[2] / 255 for one in media])
+
+
+def red(medium):
+    return float(torch.tensor(open_image(medium).resize((1, 1)).getpixel((0, 0))[0] / 255))
+
+
+def pictures(folder, count=3):
+    folder.mkdir()
+    for number in range(count):
+        picture(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"prompt {number}\n")
+    return folder
+
+
+def candidates(folder, prompts=3, models=("base", "lora"), layout="parquet", first=0):
+    made = [
+        Candidate(candidate_id(f"p{n}", [], model, 7, {}), f"p{n}", picture(10 * n + len(model)), model, 7, {}, None)
+        for n in range(first, first + prompts)
+        for model in models
+    ]
+    write_part(folder, made, layout)
+    return folder
+
+
+def test_folder_glob_and_file_are_scored_with_the_prompts_beside(tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    target = score_media(open_source(folder), {"red": Red(), "blue": Blue("blue")})
+    assert target == folder / "scores.csv"
+    lines = target.read_text().splitlines()
+    assert lines[0] == "file,prompt,red,blue,error"
+    assert lines[2].startswith(f"{folder / '1.png'},prompt 1,")
+    globbed = open_source(str(folder / "[01].png"), "said")
+    table = pq.read_table(score_media(globbed, {"red": Red()}, tmp_path / "some.parquet"))
+    assert table["prompt"].to_pylist() == ["said"] * 2
+    assert table["red"].to_pylist() == pytest.approx([red(picture(0)), red(picture(1))])
+    assert open_source(folder / "2.png").total == 1
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["file_name", "jpg"])
+def test_tables_with_paths_are_scored_row_by_row(tmp_path, ending, column):
+    pictures(tmp_path / "pictures")
+    rows = [{"caption": f"c{n}", column: f"pictures/{n}.png", "model": "m"} for n in (2, 0, 9)]
+    file = tmp_path / f"table.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif ending == "csv":
+        lines = [",".join(row.values()) for row in rows]
+        file.write_text("\n".join([f"caption,{column},model", *lines]) + "\n")
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = score_media(open_source(file), {"red": Red()})
+    assert target == tmp_path / "scores.parquet"
+    table = pq.read_table(target).to_pylist()
+    assert [row["red"] for row in table[:2]] == pytest.approx([red(picture(2)), red(picture(0))])
+    assert (table[1]["prompt"], table[1]["number"], table[1]["model"]) == ("c0", 1, "m")
+    assert table[2]["red"] is None
+    assert "no such picture" in table[2]["error"]
+
+
+def test_bytes_and_rows_without_picture_or_prompt(tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    data = (folder / "1.png").read_bytes()
+    rows = [{"prompt": "a", "image": {"bytes": data, "path": None}}, {"prompt": "b", "image": None}]
+    rows.append({"prompt": None, "image": {"bytes": data, "path": None}})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    table = pq.read_table(score_media(open_source(tmp_path / "t.parquet"), {"red": Red()})).to_pylist()
+    assert table[0]["red"] == pytest.approx(red(picture(1)))
+    assert ["has no" in (row["error"] or "") for row in table] == [False, True, True]
+
+
+@pytest.mark.parametrize("layout", ["parquet", "folder"])
+def test_candidates_keep_what_they_are(tmp_path, layout):
+    folder = candidates(tmp_path / "c", layout=layout)
+    target = score_media(open_source(folder), {"red": Red()})
+    assert target == folder / "scores.parquet"
+    table = pq.read_table(target)
+    assert table.column_names == ["id", "prompt", "model", "seed", "user", "number", "red", "error"]
+    assert table["red"].null_count == 0
+    assert read_header(target)["scorers"]["red"]["family"] == "none"
+    assert "torch" in read_header(target)["versions"]
+    means = summary(target, ["red"])
+    assert set(means) == {None, "base", "lora"}
+    assert means[None]["red"][0] == 6
+    assert means[None]["red"][1] == pytest.approx(sum(table["red"].to_pylist()) / 6)
+
+
+def test_members_of_comparisons_are_scored_beside_peoples_scores(tmp_path, pairs):
+    write_comparisons(tmp_path / "data", pairs[:3], layout="parquet")
+    target = score_media(open_source(tmp_path / "data"), {"red": Red()})
+    assert target == tmp_path / "data.scores.parquet"
+    table = pq.read_table(target).to_pylist()
+    assert [(row["id"], row["member"]) for row in table[:3]] == [("pair-0", 0), ("pair-0", 1), ("pair-1", 0)]
+    assert [row["human"] for row in table[:4]] == [0, 1, 1, 0]
+    assert table[3]["red"] == pytest.approx(red(pairs[1].media[1]))
+
+
+def test_what_was_scored_before_is_not_scored_again(tmp_path):
+    folder = candidates(tmp_path / "c")
+    score_media(open_source(folder), {"red": Red()})
+    candidates(folder, prompts=2, first=3)
+    again = Red()
+    target = score_media(open_source(folder), {"red": again})
+    assert again.seen == 4
+    assert pq.read_metadata(target).num_rows == 10
+    other = Blue("blue")
+    table = pq.read_table(score_media(open_source(folder), {"blue": other}))
+    assert other.seen == 10
+    assert table["red"].null_count == table["blue"].null_count == 0
+    assert set(read_header(target)["scorers"]) == {"red", "blue"}
+    changed = Red(model={"another": 1})
+    score_media(open_source(folder), {"red": changed})
+    assert changed.seen == 10
+
+
+class Dies(Red):
+    """Ends the run in its second part."""
+
+    def score(self, media, prompts, *, batch_size=32):
+        if self.seen >= PART_ROWS:
+            raise KeyboardInterrupt
+        return super().score(media, prompts)
+
+
+def many(tmp_path):
+    pictures(tmp_path / "pictures")
+    rows = [{"prompt": f"p{n}", "path": f"pictures/{n % 3}.png"} for n in range(2 * PART_ROWS + 10)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    return tmp_path / "t.parquet"
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    file = many(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        score_media(open_source(file), {"red": Dies()})
+    assert not (tmp_path / "scores.parquet").exists()
+    resumed, fresh = Red(), Red()
+    first = pq.read_table(score_media(open_source(file), {"red": resumed}))
+    assert resumed.seen == PART_ROWS + 10
+    assert not list(tmp_path.glob(".*"))
+    second = pq.read_table(score_media(open_source(file), {"red": fresh}, tmp_path / "other.parquet"))
+    assert first.equals(second)
+    assert fresh.seen == 2 * PART_ROWS + 10
+
+
+def test_other_scorers_or_rows_start_anew(tmp_path):
+    file = many(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        score_media(open_source(file), {"red": Dies()})
+    other = Red(preprocess={"size": 3})
+    score_media(open_source(file), {"red": other})
+    assert other.seen == 2 * PART_ROWS + 10
+    with pytest.raises(KeyboardInterrupt):
+        score_media(open_source(file), {"red": Dies()})
+    rows = pq.read_table(file).to_pylist()
+    rows[0]["prompt"] = "another"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    again = Red()
+    table = pq.read_table(score_media(open_source(file), {"red": again}))
+    assert again.seen == 2 * PART_ROWS + 10
+    assert table["prompt"][0].as_py() == "another"
+
+
+def test_two_processes_make_the_table_of_one(tmp_path):
+    file = many(tmp_path)
+    alone = pq.read_table(score_media(open_source(file), {"red": Red()}, tmp_path / "alone.parquet"))
+    target, seen = tmp_path / "shared.parquet", []
+
+    def other_rank():
+        """What the second process does between two barriers of the first."""
+        if not seen:
+            seen.append(Red())
+            assert score_media(open_source(file), {"red": seen[0]}, target, rank=1, world_size=2) is None
+
+    first = Red()
+    shared = score_media(open_source(file), {"red": first}, target, world_size=2, barrier=other_rank)
+    assert pq.read_table(shared).equals(alone)
+    assert (first.seen, seen[0].seen) == (PART_ROWS + 10, PART_ROWS)
+
+
+def test_a_score_that_is_no_number_is_an_error_of_the_row(tmp_path):
+    class Nan(Red):
+        def score(self, media, prompts, *, batch_size=32):
+            return torch.tensor([float("nan")] * len(media))
+
+    folder = candidates(tmp_path / "c")
+    row = pq.read_table(score_media(open_source(folder), {"nan": Nan("nan")})).to_pylist()[0]
+    assert row["nan"] is None
+    assert "nan gives nan" in row["error"]
+
+
+def test_what_cannot_be_scored_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such picture"):
+        open_source(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no pictures"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "t.csv").write_text("file_name,model\na.png,m\n")
+    with pytest.raises(UserError, match="has no column prompt"):
+        open_source(tmp_path / "t.csv")
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "path": "x"}\nnothing\n')
+    with pytest.raises(UserError, match="line 2"):
+        open_source(tmp_path / "t.jsonl")
+    answers = [Candidate(candidate_id("q", [], "m", s, {}), "q", Text("yes"), "m", s, {}) for s in range(2)]
+    write_part(tmp_path / "answers", answers)
+    with pytest.raises(UserError, match="holds texts"):
+        score_media(open_source(tmp_path / "answers"), {"red": Red()})
+    assert not list((tmp_path / "answers").glob(".*"))
+    folder = candidates(tmp_path / "c")
+    with pytest.raises(UserError, match=r"\.csv or \.parquet"):
+        score_media(open_source(folder), {"red": Red()}, tmp_path / "x.txt")
+    with pytest.raises(UserError, match="judges text"):
+        score_media(open_source(folder), {"red": Red(judges="text")})
+
+
+def test_a_bad_row_of_comparisons_is_a_row_with_its_reason(tmp_path):
+    items = [Comparison(f"i{n}", "p", (picture(n), picture(n + 9)), (1, 0)) for n in range(2)]
+    write_comparisons(tmp_path / "data", items)
+    broken = sorted((tmp_path / "data" / "media").iterdir())[0]
+    broken.write_bytes(b"no picture")
+    table = pq.read_table(score_media(open_source(tmp_path / "data"), {"red": Red()})).to_pylist()
+    assert len(table) == 4
+    assert sum(row["error"] is not None for row in table) == 1
