@@ -14,6 +14,8 @@ from mmalign.console import stage, table
 from mmalign.records import UserError
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from mmalign.data.prompts import Prompt
 
 SHOWN_ROWS = 50  # of the scores, one by one; more are summed up
@@ -29,6 +31,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+
+
+def this_process() -> PartialState:
+    """Which of several processes this is: those that `accelerate launch`, or torchrun, started."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # without it, several on the CPU are each alone
 
 
 def both_sides(
@@ -244,14 +254,13 @@ def score_media(
         UserError: nothing at the path, a prompt is missing, or no medium could be scored.
     """
     import datasets
-    from accelerate import PartialState
 
     from mmalign.data.media import open_source
     from mmalign.data.score import score_media as score_all
 
     datasets.disable_progress_bars()  # they would stand in front of our own lines
     source = open_source(path, prompt)
-    processes = PartialState()
+    processes = this_process()
     judges: dict[str, Any] = {}
     for name in scorers:
         judge = mmalign.load_scorer(name, processes.device)

@@ -45,15 +45,13 @@ def generate_candidates(
         raise UserError("mmalign generate needs a model: a hub id, pipeline folder, .safetensors file or embedded.")
     if not prompts:
         raise UserError("mmalign generate needs --prompts: a file of prompts, or a split such as embedded:test.")
-    from accelerate import PartialState
-
-    from mmalign.commands import quiet_libraries, read_prompts
+    from mmalign.commands import quiet_libraries, read_prompts, this_process
     from mmalign.console import stage
     from mmalign.data.generate import Processes, generate
     from mmalign.training.loop import versions
 
     quiet_libraries()
-    state = PartialState()
+    state = this_process()
     with state.main_process_first():  # what is wrong is said once: the others end with the first
         asked = read_prompts(prompts, limit)
         made_by = [_model(text, lora, state.device) for text in models]
