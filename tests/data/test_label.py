@@ -1,6 +1,6 @@
 import pytest
 
-from mmalign.data.label import best_worst, ranked
+from mmalign.data.label import all_pairs, best_worst, comparison, extremes, ranked, weakest, win_shares
 from mmalign.records import UserError
 
 PROMPTS = ["a", "b", "c", "d"]
@@ -59,3 +59,17 @@ def test_ranked_lists_are_scored_by_the_share_of_comparisons_won():
         ranked(["one"], [["a"]], [[[1.0]]])
     with pytest.raises(UserError, match="1 prompts"):
         ranked(["one"], media[:1], [first])
+
+
+def test_the_arithmetic_of_a_group():
+    assert extremes([1.0, 3.0, 3.0, 1.0]) == (1, 0)
+    assert all_pairs([1.0, 3.0, 2.0]) == [(1, 0), (2, 0), (1, 2)]
+    assert win_shares([[1.0, 3.0, 2.0], [1.0, 1.0, 2.0]]) == (0.0, 0.5, 0.75)
+    assert weakest([3, 1, 2, 1, 1], 0.4).tolist() == [False, True, False, True, False]
+    assert not weakest([], 0.5).any()
+
+
+def test_a_key_tells_comparisons_apart():
+    plain = comparison("p", ["x", "y"], [1, 0], ["a", "b"])
+    assert comparison("p", ["x", "y"], [1, 0], ["a", "b"], ["user"]).id != plain.id
+    assert comparison("p", ["x", "y"], [1, 0], ["a", "b"], user="u").id == plain.id
