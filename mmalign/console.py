@@ -44,8 +44,8 @@ def _lines(title: str, total: int) -> Iterator[Advance]:
     def advance(count: int) -> None:
         nonlocal done, shown
         done += count
-        tenth = 10 * done // total
-        if tenth > shown and done < total:
+        tenth = 10 * done // max(1, total)
+        if tenth > shown and 0 < done < total:
             shown = tenth
             left = (time.monotonic() - started) * (total - done) / done
             print(f"{title}: {done}/{total}, about {left:.0f} s left", flush=True)
