@@ -171,16 +171,16 @@ def fill_cache(run: Any, *, check: bool = False) -> None:
         damaged = verify_cache(run, dtype_of(run, accelerator))
         print(f"{run.cache_dir}: " + (f"damaged, to be made again: {', '.join(damaged)}" if damaged else "whole") + ".")
     accelerator.wait_for_everyone()
-    cache = caches(run, accelerator, stage=stage, say=print if accelerator.is_main_process else _nothing)
+    if accelerator.is_main_process:
+        cache = caches(run, accelerator, stage=stage)
+    else:
+        cache = caches(run, accelerator, say=lambda line: None)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
         print(
             f"Left out rows are listed in {cache.folder / 'quarantine.jsonl'}. Train with --cache-dir {run.cache_dir}."
         )
-
-
-def _nothing(line: str) -> None:
-    """Other processes say nothing."""
 
 
 def compare_models(

@@ -18,6 +18,7 @@ from mmalign import storage
 from mmalign.data.cache import Cache, Cached, Facts, digest, verify
 from mmalign.data.fill import Fill, Stage, silent
 from mmalign.data.importers import read_comparisons
+from mmalign.records import UserError
 from mmalign.training.run import Run
 
 NETWORKS = {"unet", "transformer"}  # what the trained part is called in a diffusers pipeline
@@ -117,11 +118,7 @@ def fingerprints(source: str | Path, memory: Path) -> dict[str, str]:
     """
     path = Path(source)
     if not path.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        found = [try_to_load_from_cache(str(source), name) for name in ("model_index.json", "config.json")]
-        commits = [Path(file).parent.name for file in found if isinstance(file, str)]
-        return {"": digest(str(source), commits)}
+        return {"": digest(str(source), _commit(str(source)))}
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     hashes = _hashes(files, memory / "hashes.json")
     parts: dict[str, list[tuple[str, str]]] = {}
@@ -133,6 +130,18 @@ def fingerprints(source: str | Path, memory: Path) -> dict[str, str]:
         if name.name != "README.md":
             parts.setdefault(top, []).append((name.as_posix(), hashes[str(file)]))
     return {name: digest(listed) for name, listed in parts.items()}
+
+
+def _commit(source: str) -> str:
+    """The commit of a hub id that loading it would take now."""
+    from huggingface_hub import hf_hub_download
+
+    for name in ("model_index.json", "config.json", "pytorch_lora_weights.safetensors"):
+        try:
+            return Path(hf_hub_download(source, name)).parent.name
+        except (OSError, ValueError):
+            continue
+    raise UserError(f"{source}: neither a local folder nor reachable on the hub; check the name.")
 
 
 def _hashes(files: Sequence[Path], memory: Path) -> dict[str, str]:

@@ -57,7 +57,8 @@ def train(
         RuntimeError: too many steps had non-finite gradients, or the upload failed (the output folder is whole then).
     """
     accelerator = make_accelerator(run)
-    say = say if accelerator.is_main_process else _silent
+    if not accelerator.is_main_process:
+        say, stage = _silent, silent
     resume = checkpoint.find(run)  # before anything is read or loaded
     repository = hub.repository(run) if run.push_to_hub and accelerator.is_main_process else None
     cache = None

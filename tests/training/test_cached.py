@@ -257,3 +257,27 @@ def test_users_of_cached_data_are_checked_before_the_first_step(recipe, tmp_path
     write_users(tmp_path / "users.safetensors", Users({"user 0": torch.ones(8)}))
     with pytest.raises(UserError, match="user 1"):
         losses(run, tmp_path, cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_hub_id_is_known_by_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commit = ["a" * 40]
+
+    def downloaded(source, name):
+        if name != "config.json":
+            raise FileNotFoundError(name)
+        return str(tmp_path / "snapshots" / commit[0] / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", downloaded)
+    before = fingerprints("some/model", tmp_path)
+    assert fingerprints("some/model", tmp_path) == before
+    commit[0] = "b" * 40
+    assert fingerprints("some/model", tmp_path) != before
+
+    def unreachable(source, name):
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match="some/model: neither"):
+        fingerprints("some/model", tmp_path)
