@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmalign.data.scored import Scored
 from mmalign.records import Comparison, Text, UserError, open_image
@@ -111,7 +111,7 @@ def _grid(items: Sequence[Comparison]) -> Image.Image | None:
     grid = Image.new("RGB", (2 * SIDE, len(rows) * SIDE), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            picture.thumbnail((SIDE - 8, SIDE - 8))
+            picture = ImageOps.contain(picture, (SIDE - 8, SIDE - 8))
             left, top = (SIDE - picture.width) // 2, (SIDE - picture.height) // 2
             grid.paste(picture, (x * SIDE + left, y * SIDE + top))
     return grid
