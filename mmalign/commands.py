@@ -146,9 +146,13 @@ def read_prompts(source: str, limit: int | None = None) -> list[Prompt]:
 
     if not source.startswith("embedded:"):
         return prompts.read_prompts(source, limit)
-    from mmalign.embedded import prompts as embedded_prompts
+    from mmalign.embedded.scenes import SPLITS
+    from mmalign.embedded.scenes import prompts as embedded_prompts
 
-    return [prompts.Prompt(text) for text in embedded_prompts(source.removeprefix("embedded:"))[:limit]]
+    split = source.removeprefix("embedded:")
+    if split not in SPLITS:
+        raise UserError(f"{source}: there is no such split of the embedded prompts; there are {', '.join(SPLITS)}.")
+    return [prompts.Prompt(text) for text in embedded_prompts(split)[:limit]]
 
 
 def fill_cache(run: Any, *, check: bool = False) -> None:

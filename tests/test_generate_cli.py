@@ -106,6 +106,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path, tiny_sdxl, prompts, capsys, mon
     assert "needs a model" in refused(capsys, "generate", "--prompts", prompts)
     assert "needs --prompts" in refused(capsys, "generate", model)
     assert "no such prompt file" in refused(capsys, "generate", model, "--prompts", "gone.txt")
+    assert "there is no such split" in refused(capsys, "generate", model, "--prompts", "embedded:tst")
     assert "is no model; write [NAME=]SOURCE[+LORA]" in refused(capsys, "generate", "a=", "--prompts", prompts)
     assert "Two models are called" in refused(capsys, "generate", model, model, "--prompts", prompts)
     assert "no such folder or file" in refused(capsys, "generate", "/gone/model", "--prompts", prompts)
