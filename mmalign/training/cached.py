@@ -86,7 +86,7 @@ def facts_of(run: Run, dtype: torch.dtype) -> Facts:
         media={
             **shared,
             "encoder": fingerprints(vae, Path(run.cache_dir or "")) if vae else media,
-            "resolution": run.resolution,
+            "resolution": run.resolution or _made_for(Path(run.pretrained_model_name_or_path)) or parts,
             "aspect_buckets": run.aspect_buckets,
             "moments": run.cache_moments,
         },
@@ -98,6 +98,12 @@ def facts_of(run: Run, dtype: torch.dtype) -> Facts:
             "files": _listing(Path(run.dataset_name)),
         },
     )
+
+
+def _made_for(path: Path) -> list[str]:
+    """Hashes of what in a model's folder tells its own resolution, which the VAE's files do not."""
+    configs = [path / name / "config.json" for name in sorted(NETWORKS)]
+    return [storage.sha256(config) for config in configs if config.is_file()]
 
 
 def _listing(path: Path) -> str:
