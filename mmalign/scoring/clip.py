@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.records import UserError, open_image
@@ -38,33 +37,20 @@ class ClipScorer(Scorer):
         self.tokenizer = tokenizer
         self.head = head.to(self.device).eval().requires_grad_(False) if head else None
         self.preprocess = Preprocess.from_card(card.preprocess, f"{card.folder / 'card.yaml'}")
+        self.preparation = self.preprocess
         self.texts: dict[str, Tensor] = {}
 
-    def score(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> Tensor:
-        """See `Scorer.score`."""
-        return self.aspects(media, prompts, batch_size=batch_size)["score"]
-
-    def aspects(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> dict[str, Tensor]:
-        """`score`; for a head also its terms, `finish` (picture alone) and `alignment` (with the prompt)."""
-        prompts = list(prompts)
-        if len(media) != len(prompts):
-            raise UserError(f"{len(media)} media but {len(prompts)} prompts: give one prompt a medium.")
-        parts = []
-        for start in range(0, len(media), batch_size):
-            rows = range(start, min(start + batch_size, len(media)))
-            pixels = torch.stack([self.preprocess(opened(media[i], i)) for i in rows])
-            with torch.inference_mode():
-                parts.append(self.judge(pixels.to(self.device), [prompts[i] for i in rows]))
-        names = parts[0] if parts else ("score",)
-        return {name: torch.cat([p[name].float().cpu() for p in parts] or [torch.zeros(0)]) for name in names}
+    def prepare(self, medium: Any, *, condition: Sequence = (), name: str = "") -> Tensor:
+        """[3, size, size] of a picture."""
+        return self.preprocess(open_image(medium, name=name))
 
     def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores RGB tensors in [0, 1], [N, 3, H, W] -> [N]; gradients flow to the pixels."""
-        prepared = torch.stack([self.preprocess.tensor(p) for p in pixels.to(self.device)])
-        return self.judge(prepared, prompts)["score"]
+        """See `Scorer.score_tensor`."""
+        return self.judge([self.preprocess.tensor(one) for one in pixels.to(self.device)], prompts)["score"]
 
-    def judge(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Preprocessed pixels [N, 3, size, size] -> the score and its parts, each [N]."""
+    def judge(self, prepared: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """See `Scorer.judge`; a head also gives its terms, `finish` (picture alone) and `alignment` (with the prompt)."""
+        pixels = torch.stack(list(prepared)).to(self.device)
         taps = self.head.taps if self.head else ()
         image, features = tapped(self.model.visual, pixels, taps)
         cosine = (F.normalize(image, dim=-1) * self.embed(prompts)).sum(-1)
@@ -89,7 +75,7 @@ class ClipScorer(Scorer):
         embeddings, channels = [], []
         for start in range(0, len(media), batch_size):
             rows = range(start, min(start + batch_size, len(media)))
-            pixels = torch.stack([self.preprocess(opened(media[i], i)) for i in rows]).to(self.device)
+            pixels = torch.stack([self.prepare(media[i]) for i in rows]).to(self.device)
             image, outputs = tapped(self.model.visual, pixels, layers)
             embeddings.append(F.normalize(image, dim=-1))
             flat = [output.flatten(2) if output.ndim == 4 else output.transpose(1, 2) for output in outputs]
@@ -110,11 +96,6 @@ class ClipScorer(Scorer):
                 tokens = self.tokenizer([prefix + p for p in some]).to(self.device)
                 self.texts.update(zip(some, F.normalize(self.model.encode_text(tokens), dim=-1), strict=True))
         return torch.stack([self.texts[p] for p in prompts])
-
-
-def opened(medium, index: int) -> Image.Image:
-    """The picture of a medium; an error names its path, or its place when it has none."""
-    return open_image(medium, name="" if isinstance(medium, str | Path) else f"medium {index}")
 
 
 FORMULAS = {

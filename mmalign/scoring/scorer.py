@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from mmalign import bundled
-from mmalign.records import UserError
+from mmalign.records import Text, UserError
 
 FAMILIES = {"clip": "mmalign.scoring.clip"}  # each module has `load(card, device) -> Scorer`
 
@@ -33,6 +34,7 @@ class Card:
         judges: the kind of medium: image, video, audio or text.
         model, weights, preprocess, score: read by the family.
         comparable_across_prompts: whether two scores mean something when their prompts differ.
+        batch_invariant: whether a score is the same in any batch, to rounding.
         published: accuracy figures, each with its set, metric, value and source.
     """
 
@@ -45,6 +47,7 @@ class Card:
     preprocess: dict[str, Any] = field(default_factory=dict)
     score: dict[str, Any] = field(default_factory=dict)
     comparable_across_prompts: bool = False
+    batch_invariant: bool = True
     licence: str = "unknown"
     about: str = ""
     published: tuple[dict[str, Any], ...] = ()
@@ -82,26 +85,94 @@ class Card:
 
 
 class Scorer(ABC):
-    """Judges media against prompts. Higher is better; what a unit is worth differs between scorers."""
+    """Judges media against prompts. Higher is better; what a unit is worth differs between scorers.
+
+    A family writes `prepare`, which is asked for one medium at a time and runs in threads, and `judge`, which takes
+    what that gave for several; everything else is here.
+
+    Attributes:
+        card: the facts.
+        preparation: equal for two scorers that prepare media alike, so that one preparation serves both.
+    """
 
     card: Card
+    preparation: Hashable = None
 
     @abstractmethod
-    def score(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> torch.Tensor:
+    def prepare(self, medium: Any, *, condition: Sequence = (), name: str = "") -> Any:
+        """What `judge` takes of one medium, on the CPU.
+
+        Args:
+            medium: still encoded; of the kind that the card's `judges` says.
+            condition: the input pictures of its prompt, if it has any.
+            name: what to call it in an error.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+
+    @abstractmethod
+    def judge(self, prepared: Sequence[Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The judgement of N prepared media: `score`, and parts under their names, each [N]."""
+
+    def score(
+        self,
+        media: Sequence,
+        prompts: Sequence[str],
+        *,
+        conditions: Sequence[Sequence] | None = None,
+        batch_size: int = 32,
+    ) -> Tensor:
         """Scores every medium against its prompt; float32 [N] on the CPU, whatever the batch size.
 
         Args:
-            media: N media, anything that `mmalign.records.open_image` takes. Opened batch by batch.
+            media: N media: what `mmalign.records.open_image` takes, or `Video`, `Sound` or `Text`, as the card says.
+                Opened batch by batch.
             prompts: N prompts, one a medium.
-            batch_size: how many media are judged at once; it decides speed and memory, not the scores.
+            conditions: the input pictures of each prompt, where it has any.
+            batch_size: how many media are judged at once; it decides speed and memory, not the scores (unless the
+                card's `batch_invariant` is false).
 
         Raises:
             UserError: the numbers of media and prompts differ, or a medium cannot be read.
         """
+        return self.aspects(media, prompts, conditions=conditions, batch_size=batch_size)["score"]
 
-    def aspects(self, media: Sequence, prompts: Sequence[str], *, batch_size: int = 32) -> dict[str, torch.Tensor]:
-        """The parts of the judgement, each float32 [N]; scorers with a single number call it `score`."""
-        return {"score": self.score(media, prompts, batch_size=batch_size)}
+    def aspects(
+        self,
+        media: Sequence,
+        prompts: Sequence[str],
+        *,
+        conditions: Sequence[Sequence] | None = None,
+        batch_size: int = 32,
+    ) -> dict[str, Tensor]:
+        """The parts of the judgement, each float32 [N], `score` among them; arguments as `score`."""
+        conditions = [()] * len(media) if conditions is None else conditions
+        if not len(media) == len(prompts) == len(conditions):
+            told = "" if len(conditions) == len(media) else f" and {len(conditions)} conditions"
+            raise UserError(f"{len(media)} media but {len(prompts)} prompts{told}: give one prompt a medium.")
+        parts = []
+        for start in range(0, len(media), batch_size):
+            rows = range(start, min(start + batch_size, len(media)))
+            prepared = [self.prepare(media[i], condition=conditions[i], name=_named(media[i], i)) for i in rows]
+            with torch.inference_mode():
+                parts.append(self.judge(prepared, [prompts[i] for i in rows]))
+        if not parts:
+            return {"score": torch.zeros(0)}
+        return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
+
+    def score_tensor(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores RGB tensors in [0, 1], [N, 3, H, W] -> [N]; gradients flow to the pixels.
+
+        Raises:
+            UserError: this scorer has no such path.
+        """
+        raise UserError(f"{self.card.name} cannot be differentiated: take a scorer of pictures, such as hpsv2.1.")
+
+
+def _named(medium: Any, place: int) -> str:
+    """An error names a medium's path, or its place when it has none."""
+    return "" if isinstance(medium, str | Path) and not isinstance(medium, Text) else f"medium {place}"
 
 
 def list_scorers() -> list[Card]:
