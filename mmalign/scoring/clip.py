@@ -49,7 +49,7 @@ class ClipScorer(Scorer):
         return self.judge([self.preprocess.tensor(one) for one in pixels.to(self.device)], prompts)["score"]
 
     def judge(self, prepared: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """See `Scorer.judge`; a head also gives its terms, `finish` (picture alone) and `alignment` (with the prompt)."""
+        """See `Scorer.judge`; a head also gives its terms, `finish` (picture alone) and `alignment` (to the prompt)."""
         pixels = torch.stack(list(prepared)).to(self.device)
         taps = self.head.taps if self.head else ()
         image, features = tapped(self.model.visual, pixels, taps)
