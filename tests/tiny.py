@@ -256,3 +256,13 @@ def tiny_sd3(folder: Path, *, t5: bool = True, seed: int = 0) -> Path:
             tokenizer_3=third if t5 else None,
         ).save_pretrained(folder)
     return folder
+
+
+def tiny_video_vlm(folder: Path, seed: int = 0, **settings) -> Path:
+    """`tiny_vlm` whose chat template shows videos too."""
+    tiny_vlm(folder, seed, **settings)
+    image = "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    (folder / "chat_template.jinja").write_text(
+        CHAT.replace(image, image + "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>")
+    )
+    return folder
