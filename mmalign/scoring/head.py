@@ -1,4 +1,4 @@
-"""A small preference head on a frozen CLIP.
+"""Heads: what turns the features of a trunk into scores.
 
 A contrastive CLIP learns to ignore whatever its captions do not say, so its embedding is nearly blind to the
 finish of a picture (colour, contrast, light). Its first layers are not: they have not yet thrown it away.
@@ -7,9 +7,63 @@ finish of a picture (colour, contrast, light). Its first layers are not: they ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from mmalign.records import UserError
+
+KINDS = ("linear", "mlp", "mlp-relu", "silu2")
+
+
+def make_head(kind: str, width: int, outputs: int = 1) -> nn.Sequential:
+    """A head of features [N, width] -> [N, outputs].
+
+    linear: one affine map · mlp: width-1024-128-64-16-outputs with dropout and no activation, so an affine map again
+    once it is trained (ImageReward; LAION's `linearMSE`) · mlp-relu: with ReLU (LAION's `reluMSE`) · silu2: two
+    layers, SiLU between. Its state dict has the numbers of the official checkpoints: `0.weight`, `2.weight`, ...
+
+    Source: zai-org/ImageReward @ c1392c6, ImageReward.py; christophschuhmann/improved-aesthetic-predictor @ 6934dd8.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"A head's kind must be one of {', '.join(KINDS)}, not {kind!r}.")
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(width, outputs))
+    if kind == "silu2":
+        return nn.Sequential(nn.Linear(width, 128), nn.SiLU(), nn.Linear(128, outputs))
+    layers: list[nn.Module] = []
+    for (a, b), dropped in zip(pairwise((width, 1024, 128, 64, 16)), (0.2, 0.2, 0.1, 0), strict=True):
+        relu = [nn.ReLU()] if kind == "mlp-relu" else []
+        layers += [nn.Linear(a, b), *relu, *([nn.Dropout(dropped)] if dropped else [])]
+    return nn.Sequential(*layers, nn.Linear(16, outputs))
+
+
+class AspectHeads(nn.Module):
+    """A head of its own for each aspect, all on the same features.
+
+    Args:
+        names: of the aspects.
+        width: number of features.
+        kind: see `make_head`.
+    """
+
+    def __init__(self, names: Sequence[str], width: int, kind: str):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: make_head(kind, width) for name in names})
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Features [N, width] -> aspect -> [N]."""
+        return {name: head(features).squeeze(-1) for name, head in self.heads.items()}
+
+
+def with_mean(aspects: dict[str, Tensor], weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """Adds `score`, the mean of the aspects; weights: aspect -> its weight, default 1."""
+    by = {name: float((weights or {}).get(name, 1)) for name in aspects}
+    return {"score": sum(by[name] * value for name, value in aspects.items()) / sum(by.values()), **aspects}
 
 
 class PreferenceHead(nn.Module):
@@ -35,12 +89,16 @@ class PreferenceHead(nn.Module):
 
     def forward(self, cosine: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines [N] and tapped layers [N, C, H, W] -> finish [N] and alignment [N]."""
-        pooled = []
-        for mix, layer in zip(self.mix, features, strict=True):
-            kept = mix(layer).relu().flatten(2)  # [N, width, H W]
-            pooled += [kept.mean(-1), (kept.var(-1, unbiased=False) + 1e-6).sqrt()]
-        finish = self.mlp(torch.cat(pooled, -1)).squeeze(-1)
+        kept = [mix(layer).relu() for mix, layer in zip(self.mix, features, strict=True)]
+        finish = self.mlp(pooled(kept)).squeeze(-1)
         return finish, self.strength * torch.sigmoid(self.slope * (cosine - self.middle))
+
+
+def pooled(layers: Sequence[Tensor]) -> Tensor:
+    """Mean and deviation over the picture of each channel of layers [N, C, H, W] or [N, L, C] -> [N, sum of 2 C]."""
+    flat = [layer.flatten(2) if layer.ndim == 4 else layer.transpose(1, 2) for layer in layers]
+    # The small number keeps the root's gradient finite where a channel is constant.
+    return torch.cat([part for x in flat for part in (x.mean(-1), (x.var(-1, unbiased=False) + 1e-6).sqrt())], -1)
 
 
 def tapped(tower: nn.Module, pixels: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
