@@ -8,7 +8,8 @@ Media stay encoded until they are used, and the rows of all but .csv files and f
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,12 +90,11 @@ def read_comparisons(
         raise UserError(f"fraction {fraction}: must be above 0 and at most 1.")
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be 1 or more.")
-    rows, beside = _find(Path(source), split, limit, fraction)
-    everything = Comparisons(rows, _layout(rows), beside, aspect, np.arange(len(rows)))
+    rows, beside, count = _find(Path(source), split, limit, fraction)
+    everything = Comparisons(rows, _layout(rows), beside, aspect, np.arange(count))
     kept, left_out = _sift(everything, strict)
-    counts = {"read": len(rows), "kept": len(kept), "ties": 0, "no_label": 0, "repeated": 0}
-    reasons = Counter("ties" if row.reason == "tie" else row.reason for row in left_out)
-    counts.update(reasons)
+    counts = {"read": count, "kept": len(kept), "ties": 0, "no_label": 0, "repeated": 0}
+    counts.update(Counter("ties" if row.reason == "tie" else row.reason for row in left_out))
     if not kept:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         first = next((f" The first: {row.detail}" for row in left_out if row.detail), "")
@@ -102,13 +102,15 @@ def read_comparisons(
     return Dataset(everything[np.frombuffer(kept, np.int64)], counts, left_out)
 
 
+@dataclass(frozen=True, eq=False)
 class Comparisons(Sequence):
-    """Comparisons made from rows at the moment they are asked for; threads may share them."""
+    """Comparisons made from the `kept` rows of a source at the moment they are asked for; threads may share them."""
 
-    def __init__(
-        self, source: Lines | Listed | Table, layout: Layout, beside: Beside, aspect: str | None, kept: np.ndarray
-    ):
-        self.source, self.layout, self.beside, self.aspect, self.kept = source, layout, beside, aspect, kept
+    source: Lines | Listed | Table
+    layout: Layout
+    beside: Beside
+    aspect: str | None
+    kept: np.ndarray
 
     def __len__(self):
         return len(self.kept)
@@ -120,29 +122,30 @@ class Comparisons(Sequence):
             UserError: Its row is bad; `reason` says in a word how.
         """
         if isinstance(index, slice | np.ndarray):
-            return Comparisons(self.source, self.layout, self.beside, self.aspect, self.kept[index])
+            return replace(self, kept=self.kept[index])
         place = int(self.kept[index])
-        try:
-            return self.make(place, self.source[place], whole=True)
-        except UserError as error:
-            raise self.named(place, error) from error
+        return self.make(place, self.source[place], whole=True)
 
     @property
     def rows(self) -> np.ndarray:
         """[len] int64 what errors call the items' rows: lines of a file from 1, rows of a table or list from 0."""
         return self.source.numbers[self.kept]
 
-    def named(self, place: int, error: UserError) -> UserError:
-        """The error with the row's name before it."""
-        where = f"{self.source.name}, {self.source.unit} {self.source.numbers[place]}"
-        return UserError(f"{where}: {error}", error.reason)
-
-    def make(self, place: int, row: dict, whole: bool) -> Comparison | None:
+    def make(self, place: int, row: dict | UserError, whole: bool) -> Comparison | None:
         """The comparison of a row, None without a label; a row that is not `whole` may lack its media.
 
         Raises:
-            UserError: The row is bad.
+            UserError: The row is bad; it is named.
         """
+        try:
+            return self._made(place, row, whole)
+        except UserError as error:
+            where = f"{self.source.name}, {self.source.unit} {self.source.numbers[place]}"
+            raise UserError(f"{where}: {error}", error.reason) from error
+
+    def _made(self, place: int, row: dict | UserError, whole: bool) -> Comparison | None:
+        if isinstance(row, UserError):
+            raise row
         try:
             fields = self.layout.read(row, self.beside)
             name = fields.get("id")
@@ -176,23 +179,19 @@ def _sift(everything: Comparisons, strict: bool) -> tuple[array, list[LeftOut]]:
     """The places of the rows that prefer something, and the other rows."""
     kept, left_out, seen = array("q"), [], set()
     source = everything.source
-    for place, row in enumerate(source.scan()):
-        name = str(row.get("id", row.get("ranking_id", ""))) if isinstance(row, dict) else ""
-        reason, detail = "", ""
+    for place, row in enumerate(islice(source.scan(), len(everything))):
+        name = "" if isinstance(row, UserError) else str(row.get("id", row.get("ranking_id", "")))
+        detail = ""
         try:
-            if isinstance(row, UserError):
-                raise row
             item = everything.make(place, row, whole=source.scans_whole)
         except UserError as error:
             if strict:
-                raise everything.named(place, error) from error
-            reason, detail = error.reason, str(everything.named(place, error))
+                raise
+            reason, detail = error.reason, str(error)
         else:
-            if item is None:
-                reason = "no_label"
-            else:
+            reason = _fate(item, seen)
+            if item is not None:
                 name = item.id
-                reason = _fate(item, seen)
                 seen.add(name)
         if reason:
             left_out.append(LeftOut(int(source.numbers[place]), name, reason, detail))
@@ -201,7 +200,9 @@ def _sift(everything: Comparisons, strict: bool) -> tuple[array, list[LeftOut]]:
     return kept, left_out
 
 
-def _fate(item: Comparison, seen: set[str]) -> str:
+def _fate(item: Comparison | None, seen: set[str]) -> str:
+    if item is None:
+        return "no_label"
     if item.id in seen:
         return "repeated"
     if len(item.score) > 1 and len(set(item.score)) == 1:
@@ -214,59 +215,50 @@ def _fate(item: Comparison, seen: set[str]) -> str:
 def _layout(rows: Lines | Listed | Table) -> Layout:
     if Path(rows.name).name == JSONL:
         return OURS
-    for place in range(len(rows)):
-        try:
-            return layout_of(rows[place], rows.name)
-        except UserError as error:
-            if error.reason == "layout":
-                raise
-    return OURS  # no row can be read, which is what the reader will say
+    readable = (row for row in map(rows.__getitem__, range(len(rows))) if not isinstance(row, UserError))
+    first = next(readable, None)
+    return OURS if first is None else layout_of(first, rows.name)  # OURS: no row can be read, as the reader will say
 
 
 # --- finding the rows ---
 
 
-def _find(path: Path, split: str, limit: int | None, fraction: float | None) -> tuple[Any, Beside]:
+def _find(path: Path, split: str, limit: int | None, fraction: float | None) -> tuple[Any, Beside, int]:
+    """Rows, what finds their files, and how many of them are wanted."""
     listings = [path]
     if path.is_dir():
         listings = [path / JSONL, *(path / f"{split}{suffix}" for suffix in LISTINGS)]
     for listing in listings:
         if listing.suffix in LISTINGS and listing.is_file():
             rows = read_csv(listing) if listing.suffix == ".csv" else Lines(listing)
-            return _first(rows, limit, fraction), Beside(listing.parent, (listing.stem, "images"))
+            return rows, Beside(listing.parent, (listing.stem, "images")), share(len(rows), limit, fraction)
     for names in PAIRS:
         if all((path / name).is_dir() for name in names):
-            return _first(_paired(path, *names), limit, fraction), Beside(path)
-    table = read_table(str(path), split, limit, fraction)
-    return Table(str(path), table), Beside(path if path.is_dir() else path.parent)
-
-
-def _first(rows: Any, limit: int | None, fraction: float | None) -> Any:
-    return rows.first(share(len(rows), limit, fraction))
+            rows = _paired(path, *names)
+            return rows, Beside(path), share(len(rows), limit, fraction)
+    rows = Table(str(path), read_table(str(path), split, limit, fraction))
+    return rows, Beside(path if path.is_dir() else path.parent), len(rows)
 
 
 def _paired(path: Path, chosen: str, rejected: str) -> Listed:
     """The pairs of two folders: files with the same stem, and a caption beside the chosen one or the rejected."""
-    files = [_by_stem(path / name) for name in (chosen, rejected)]
-    captions = {
-        stem: file for name in (rejected, chosen) for stem, file in _by_stem(path / name, captions=True).items()
-    }
-    rows = [_pair(path, stem, *files, captions) for stem in sorted(files[0].keys() | files[1].keys())]
-    return Listed(str(path), rows)
+    found: dict[str, dict[str, Path]] = {"chosen file": {}, "rejected file": {}, "caption (.txt)": {}}
+    for what, name in (("rejected file", rejected), ("chosen file", chosen)):  # of two captions the chosen one's counts
+        for file in sorted((path / name).iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                found["caption (.txt)" if file.suffix in CAPTIONS else what][file.stem] = file
+    stems = sorted(found["chosen file"].keys() | found["rejected file"].keys())
+    return Listed(str(path), [_pair(path, stem, found) for stem in stems])
 
 
-def _by_stem(folder: Path, captions: bool = False) -> dict[str, Path]:
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
-    return {file.stem: file for file in files if (file.suffix in CAPTIONS) == captions}
-
-
-def _pair(path: Path, stem: str, chosen: dict, rejected: dict, captions: dict) -> dict | UserError:
-    for found, what in ((chosen, "chosen file"), (rejected, "rejected file"), (captions, "caption (.txt)")):
-        if stem not in found:
+def _pair(path: Path, stem: str, found: dict[str, dict[str, Path]]) -> dict | UserError:
+    for what, files in found.items():
+        if stem not in files:
             return UserError(f"{stem!r} has no {what}; add it, or remove its other files.", "missing_file")
+    chosen, rejected, caption = (files[stem] for files in found.values())
     try:
-        prompt = captions[stem].read_text(encoding="utf-8-sig").strip()
+        prompt = caption.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        return UserError(f"{captions[stem].name} is not UTF-8 text ({error}); save it as UTF-8.", "not_utf8")
-    names = (found[stem].relative_to(path).as_posix() for found in (chosen, rejected))
-    return dict(zip(("id", "prompt", "chosen", "rejected"), (stem, prompt, *names), strict=True))
+        return UserError(f"{caption.name} is not UTF-8 text ({error}); save it as UTF-8.", "not_utf8")
+    names = {"chosen": chosen.relative_to(path).as_posix(), "rejected": rejected.relative_to(path).as_posix()}
+    return {"id": stem, "prompt": prompt, **names}

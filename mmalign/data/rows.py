@@ -1,18 +1,19 @@
 """Rows of files, read one at a time: lines, tables and lists under one interface.
 
-A source of rows has a `name`, `numbers` (what errors call its rows, each with `unit` before it), `key(index)` and
-`first(count)`. `rows[index]` is a row as a dict, whole; `scan()` gives every row, whole (`scans_whole`) or without
-the columns of encoded media. A row that cannot be read is a `UserError` with its reason: raised by `rows[index]`,
-an element of `scan()`. Sources hold no open file, so threads may share them, and what is large stays on the disk.
+A source of rows has a `name`, `numbers` (what errors call its rows, each with `unit` before it) and `key(index)`.
+`rows[index]` is a row as a dict, whole; `scan()` gives every row, whole (`scans_whole`) or without the columns of
+encoded media. In place of a row that cannot be read stands a `UserError` with its reason. Sources hold no open file,
+so threads may share them, and what is large stays on the disk.
 """
 
 import csv
 import hashlib
 import json
 import os
-from array import array
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,7 @@ class Lines:
             self.unit, places = "line", _lines(path)
         else:
             self.unit, places = "row", _objects(path)
-        found = [array("q"), array("q"), array("q")]
-        for place in places:
-            for column, value in zip(found, place, strict=True):
-                column.append(value)
-        self.numbers, self.starts, self.stops = (np.frombuffer(column, np.int64) for column in found)
+        self.numbers, self.starts, self.stops = np.fromiter(places, np.dtype((np.int64, 3))).T
 
     def __len__(self):
         return len(self.numbers)
@@ -83,38 +80,31 @@ class Lines:
         """A stable id for a row that has none: 24 hex digits of its content."""
         return hashlib.sha256(self._bytes(index)).hexdigest()[:24]
 
-    def first(self, count: int) -> "Lines":
-        """The first so many rows."""
-        shorter = object.__new__(Lines)
-        cut = {name: getattr(self, name)[:count] for name in ("numbers", "starts", "stops")}
-        shorter.__dict__.update(self.__dict__ | cut)
-        return shorter
-
     def _bytes(self, index: int) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
             return file.read(self.stops[index] - self.starts[index]).strip()
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict | UserError:
         return self._parse(self._bytes(index))
 
-    def _parse(self, content: bytes) -> dict:
+    def _parse(self, content: bytes) -> dict | UserError:
         try:
             row = json.loads(content.decode())
         except UnicodeDecodeError as error:
-            raise UserError(f"is not UTF-8 text ({error}); save the file as UTF-8.", "not_utf8") from error
+            return UserError(f"is not UTF-8 text ({error}); save the file as UTF-8.", "not_utf8")
         except (ValueError, RecursionError) as error:
-            raise UserError(f"is not JSON ({error}); write one object a {self.unit}.") from error
+            return UserError(f"is not JSON ({error}); write one object a {self.unit}.")
         if not isinstance(row, dict):
-            raise UserError("field prompt is missing, as this is no object; write one object a row.")
+            return UserError("field prompt is missing, as this is no object; write one object a row.")
         return row
 
     def scan(self) -> Iterator[dict | UserError]:
-        """Every row, or why it cannot be read."""
+        """Every row, the file being opened once."""
         with self.path.open("rb") as file:
             for start, stop in zip(self.starts, self.stops, strict=True):
                 file.seek(start)
-                yield _tried(self._parse, file.read(stop - start).strip())
+                yield self._parse(file.read(stop - start).strip())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -131,15 +121,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, int]]:
 def _objects(path: Path) -> Iterator[tuple[int, int, int]]:
     """Number from 0, first byte and end of every value in a JSON list."""
     text = path.read_bytes().decode("latin-1")  # one character a byte: JSON's own marks are ASCII
-    decoder, blank = json.JSONDecoder(), " \t\r\n,"
-    place = len(BOM) * text.startswith(BOM.decode("latin-1"))
-    place += len(text[place:]) - len(text[place:].lstrip())
-    if text[place : place + 1] != "[":
+    opening = re.match(rf"(?:{BOM.decode('latin-1')})?\s*\[", text)
+    if not opening:
         raise UserError(f"{path}: is no list of objects; write [{{…}}, {{…}}], or one object a line in a .jsonl file.")
-    place, number = place + 1, 0
-    while True:
-        while text[place : place + 1] and text[place] in blank:
-            place += 1
+    decoder, blank, place = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*"), opening.end()
+    for number in count():
+        place = blank.match(text, place).end()
         if text[place : place + 1] == "]":
             return
         try:
@@ -147,7 +134,7 @@ def _objects(path: Path) -> Iterator[tuple[int, int, int]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, row {number}: is not JSON ({error}); mend the file.") from error
         yield number, place, stop
-        place, number = stop, number + 1
+        place = stop
 
 
 class Listed:
@@ -166,18 +153,11 @@ class Listed:
         """A stable id for a row that has none: 24 hex digits of its content."""
         return hashlib.sha256(repr(sorted(self[index].items())).encode(errors="replace")).hexdigest()[:24]
 
-    def first(self, count: int) -> "Listed":
-        """The first so many rows."""
-        return Listed(self.name, self.rows[:count], self.numbers[:count], self.unit)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        if isinstance(row, UserError):
-            raise row
-        return row
+    def __getitem__(self, index: int) -> dict | UserError:
+        return self.rows[index]
 
     def scan(self) -> Iterator[dict | UserError]:
-        """Every row, or why it cannot be read."""
+        """Every row."""
         return iter(self.rows)
 
 
@@ -191,14 +171,14 @@ def read_csv(path: Path) -> Listed:
         try:
             for row in reader:
                 numbers.append(reader.line_num)
-                rows.append(row if None not in (row.keys() | set(row.values())) else _uneven(reader))
+                if None in row or None in row.values():
+                    row = UserError(
+                        f"has not {len(reader.fieldnames)} values as the first line has; mend or remove it."
+                    )
+                rows.append(row)
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); mend the file.") from error
     return Listed(str(path), rows, numbers, "line")
-
-
-def _uneven(reader: csv.DictReader) -> UserError:
-    return UserError(f"has not {len(reader.fieldnames or ())} values as the first line has; mend or remove it.")
 
 
 class Table:
@@ -217,21 +197,17 @@ class Table:
         """An id for a row that has none: its number, as the content is not read for it."""
         return str(index)
 
-    def first(self, count: int) -> "Table":
-        """The first so many rows."""
-        return Table(self.name, self.table.slice(0, count))
-
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict | UserError:
         return _row(self.table.slice(index, 1))
 
     def scan(self) -> Iterator[dict | UserError]:
-        """Every row without the columns that hold encoded media, or why it cannot be read."""
+        """Every row without the columns that hold encoded media."""
         light = [field.name for field in self.table.schema if not _is_media(field.type)]
         for batch in self.table.select(light).to_batches(max_chunksize=SCAN_ROWS):
             try:
                 yield from batch.to_pylist()
             except UnicodeDecodeError:
-                yield from (_tried(_row, batch.slice(index, 1)) for index in range(len(batch)))
+                yield from (_row(batch.slice(index, 1)) for index in range(len(batch)))
 
 
 def _is_media(kind: "pa.DataType") -> bool:
@@ -244,15 +220,8 @@ def _is_media(kind: "pa.DataType") -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _row(one: "pa.Table | pa.RecordBatch") -> dict:
+def _row(one: "pa.Table | pa.RecordBatch") -> dict | UserError:
     try:
         return one.to_pylist()[0]
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text ({error}); mend or remove the row.", "not_utf8") from error
-
-
-def _tried(make: Any, *args: Any) -> Any:
-    try:
-        return make(*args)
-    except UserError as error:
-        return error
+        return UserError(f"is not UTF-8 text ({error}); mend or remove the row.", "not_utf8")

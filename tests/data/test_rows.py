@@ -14,7 +14,6 @@ def test_lines_are_found_again(tmp_path):
     rows = pickle.loads(pickle.dumps(Lines(path)))
     assert [rows[n]["a"] for n in range(3)] == [row["a"] for row in rows.scan()] == [1, "ä", 3]
     assert rows.numbers.tolist() == [1, 3, 4]
-    assert rows.first(2).numbers.tolist() == [1, 3]
     assert len(rows) == 3
 
 
@@ -64,8 +63,8 @@ def test_csv_rows_keep_their_lines(tmp_path):
     rows = read_csv(path)
     assert rows.numbers.tolist() == [3, 4, 5]
     assert (rows[0], rows[2]) == ({"prompt": "two\nlines", "n": "1"}, {"prompt": "last", "n": "3"})
-    with pytest.raises(UserError, match="has not 2 values"):
-        rows[1]
+    assert isinstance(rows[1], UserError)
+    assert str(rows[1]).startswith("has not 2 values")
 
 
 def test_a_tables_scan_leaves_media_where_they_are():
