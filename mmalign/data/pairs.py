@@ -251,10 +251,9 @@ class _Maker:
             self.made.pairs["repeated"] += 1
             return None
         seen.add(tuple(sorted(contents)))
-        aspects = {}
-        if len(self.columns) > 1:
-            scored = zip(self.data.scorers, self.columns, strict=True)
-            aspects = {name: tuple(row[column] for row in rows) for name, column in scored}
+        told = self.data.scorers + self.data.aspects
+        parts = {name: tuple(row[f"s{n}"] for row in rows) for n, name in enumerate(told) if len(told) > 1}
+        aspects = {name: part for name, part in parts.items() if all(map(_is_number, part))}
         if all(row["human"] is not None for row in rows):
             aspects["human"] = tuple(row["human"] for row in rows)
         first = rows[0]

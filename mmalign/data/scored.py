@@ -42,6 +42,7 @@ class Scored:
         kind: candidates, table or comparisons.
         scores: The table of scores.
         scorers: Names; a row holds their scores as s0, s1 …
+        aspects: Columns that the scores' header names as parts of a scorer's judgement; they follow those as s2, s3 …
         provenance: Of the scores, where the file says it.
         file: Parquet with the sorted rows.
         media: Gives the media of rows.
@@ -51,6 +52,7 @@ class Scored:
     kind: str
     scores: Path
     scorers: tuple[str, ...]
+    aspects: tuple[str, ...]
     provenance: dict[str, Any]
     file: Path
     media: "Media"
@@ -99,15 +101,17 @@ def open_scored(name: str, scores: str | None, scorers: Sequence[str], work: Pat
         raise UserError(f"{name}: there are no scores at {table}; run mmalign score {name}, or give --scores.")
     names = _chosen(table, scorers)
     header = read_header(table)
+    aspects = tuple(column for column in header.get("aspects", ()) if column not in names)
+    columns = names + aspects
     with _database(work) as db:
         if kind == "candidates":
             rows = _candidates(db, path, table)
         elif kind == "table":
-            rows = _table(db, table_files(path), None if table == own else table, names)
+            rows = _table(db, table_files(path), None if table == own else table, columns)
         else:
-            rows = _comparisons(db, table, names)
-        _sort(db, rows, names, work / "rows.parquet")
-    return Scored(name, kind, table, names, header, work / "rows.parquet", Media(name, kind))
+            rows = _comparisons(db, table, columns)
+        _sort(db, rows, columns, work / "rows.parquet")
+    return Scored(name, kind, table, names, aspects, header, work / "rows.parquet", Media(name, kind))
 
 
 def _database(work: Path) -> Any:
