@@ -10,6 +10,7 @@ from typing import Any
 
 from mmalign.records import UserError
 
+Rows = Iterator[tuple[str, Any]]  # each with its name in an error
 TEXT = ("prompt", "caption")  # columns that may hold the prompt; the first that is there counts
 
 
@@ -44,38 +45,36 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"{path}: no such prompt file; give a text file with one prompt a line.")
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    prompts = list(islice(readers.get(path.suffix.lower(), _lines)(path), limit))
+    rows = islice(readers.get(path.suffix.lower(), _lines)(path), limit)
+    prompts = [_prompt(row, path.parent, where) for where, row in rows]
     if not prompts:
         raise UserError(f"{path}: has no prompts; write one a line.")
     return prompts
 
 
-def _decoded(path: Path) -> Iterator[tuple[int, str]]:
-    """Number from 1 and text of every line, with its end."""
+def _decoded(path: Path) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield f"{path}, line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, line {number}: is not UTF-8 text; save the file as UTF-8.") from error
 
 
-def _lines(path: Path) -> Iterator[Prompt]:
-    return (Prompt(line.strip()) for _, line in _decoded(path) if line.strip())
+def _lines(path: Path) -> Rows:
+    return ((where, {"prompt": line.strip()}) for where, line in _decoded(path) if line.strip())
 
 
-def _jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in _decoded(path):
-        if line.strip():
-            yield _prompt(_loads(line, f"{path}, line {number}"), path, f"line {number}")
+def _jsonl(path: Path) -> Rows:
+    return ((where, _loads(line, where)) for where, line in _decoded(path) if line.strip())
 
 
-def _json(path: Path) -> Iterator[Prompt]:
+def _json(path: Path) -> Rows:
     rows = _loads("".join(line for _, line in _decoded(path)), str(path))
     if not isinstance(rows, list):
         raise UserError(f"{path}: is no list; write a JSON list of prompts.")
     for number, row in enumerate(rows, 1):
-        yield _prompt({TEXT[0]: row} if isinstance(row, str) else row, path, f"row {number}")
+        yield f"{path}, row {number}", {"prompt": row} if isinstance(row, str) else row
 
 
 def _loads(text: str, where: str) -> Any:
@@ -85,20 +84,20 @@ def _loads(text: str, where: str) -> Any:
         raise UserError(f"{where}: is not JSON ({error}); mend it.") from error
 
 
-def _csv(path: Path) -> Iterator[Prompt]:
+def _csv(path: Path) -> Rows:
     reader = csv.DictReader(line for _, line in _decoded(path))
     try:
         _check_columns(reader.fieldnames or [], path)
         for row in reader:
-            images = row.get("images")
+            where, images = f"{path}, line {reader.line_num}", row.get("images")
             if images and images.startswith("["):
-                row["images"] = _loads(images, f"{path}, line {reader.line_num}, field images")
-            yield _prompt(row, path, f"line {reader.line_num}")
+                row["images"] = _loads(images, f"{where}, field images")
+            yield where, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); mend it.") from error
 
 
-def _parquet(path: Path) -> Iterator[Prompt]:
+def _parquet(path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -107,11 +106,8 @@ def _parquet(path: Path) -> Iterator[Prompt]:
             names = file.schema_arrow.names
             _check_columns(names, path)
             columns = [name for name in (*TEXT, "user", "images") if name in names]
-            number = 0
-            for rows in file.iter_batches(2**13, columns=columns):
-                for row in rows.to_pylist():
-                    number += 1
-                    yield _prompt(row, path, f"row {number}")
+            rows = (row for batch in file.iter_batches(2**13, columns=columns) for row in batch.to_pylist())
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: is no parquet file that can be read ({str(error).splitlines()[0]}).") from error
 
@@ -121,7 +117,7 @@ def _check_columns(names: Any, path: Path) -> None:
         raise UserError(f"{path}: has no column {' or '.join(TEXT)}; its columns are {', '.join(names) or 'none'}.")
 
 
-def _prompt(row: Any, path: Path, where: str) -> Prompt:
+def _prompt(row: Any, folder: Path, where: str) -> Prompt:
     """The prompt of one row.
 
     Raises:
@@ -129,18 +125,18 @@ def _prompt(row: Any, path: Path, where: str) -> Prompt:
     """
     field = next((name for name in TEXT if isinstance(row, dict) and row.get(name) is not None), None)
     if field is None:
-        raise UserError(f"{path}, {where}: has no {' or '.join(TEXT)}; give every row one.")
+        raise UserError(f"{where}: has no {' or '.join(TEXT)}; give every row one.")
     text = row[field]
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{path}, {where}, field {field}: is {text!r}; write the prompt as text.")
+        raise UserError(f"{where}, field {field}: is {text!r}; write the prompt as text.")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{path}, {where}, field {field}: has half a character (a lone surrogate); mend the text.")
+        raise UserError(f"{where}, field {field}: has half a character (a lone surrogate); mend the text.")
     images = row.get("images") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise UserError(f"{path}, {where}, field images: is {str(images)[:60]}; give a list of paths beside the file.")
+        raise UserError(f"{where}, field images: is {str(images)[:60]}; give a list of paths beside the file.")
     for name in images:
-        if not (path.parent / name).is_file():
-            raise UserError(f"{path}, {where}, field images: there is no file {name!r}; add it, or mend the path.")
+        if not (folder / name).is_file():
+            raise UserError(f"{where}, field images: there is no file {name!r}; add it, or mend the path.")
     user = row.get("user")
-    return Prompt(text, None if user in (None, "") else str(user), tuple(path.parent / name for name in images))
+    return Prompt(text, None if user in (None, "") else str(user), tuple(folder / name for name in images))

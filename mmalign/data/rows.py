@@ -172,9 +172,8 @@ def read_csv(path: Path) -> Listed:
             for row in reader:
                 numbers.append(reader.line_num)
                 if None in row or None in row.values():
-                    row = UserError(
-                        f"has not {len(reader.fieldnames)} values as the first line has; mend or remove it."
-                    )
+                    columns = len(reader.fieldnames)
+                    row = UserError(f"has not {columns} values as the first line has; mend or remove it.")
                 rows.append(row)
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); mend the file.") from error
