@@ -3,13 +3,14 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Callable, Iterable
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from mmalign.data.candidates import encoded
 from mmalign.records import Comparison, Sound, Text, UserError, Video, open_image
 from mmalign.storage import atomic_folder
 
@@ -55,8 +56,8 @@ def _write_jsonl(folder: Path, comparisons: Iterable[Comparison]) -> None:
         return {kind: file, ABOUT[kind]: getattr(medium, ABOUT[kind])} if kind else file
 
     with (folder / "comparisons.jsonl").open("w", encoding="utf-8") as file:
-        for row in _plain_rows(comparisons, stored):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for item in comparisons:
+            file.write(json.dumps(_plain(item, stored), ensure_ascii=False) + "\n")
 
 
 def _write_parquet(folder: Path, comparisons: Iterable[Comparison]) -> None:
@@ -68,27 +69,29 @@ def _write_parquet(folder: Path, comparisons: Iterable[Comparison]) -> None:
     column = KINDS.get(type(first.media[0]), "media") if first else "media"
     schema = _schema(column)
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for item in chain([first] if first else [], rest):
-            if any(KINDS.get(type(medium), "media") != column for medium in item.media):
-                raise UserError(f"comparison {item.id!r}: its media are not all {column}; write one kind a folder.")
-            (row,) = _plain_rows([item], _in_table)
-            row["aspects"] = [{"name": name, "score": values} for name, values in row["aspects"].items()]
-            row[column] = row.pop("media")
-            if column in ABOUT:
-                row[ABOUT[column]] = [getattr(medium, ABOUT[column]) for medium in item.media]
-            yield row
+    def stored(medium: Any, name: str) -> Any:
+        return str(medium) if isinstance(medium, Text) else {"bytes": _encoded(medium, name)[0]}
 
-    plain, shard = rows(), 0
-    group = list(islice(plain, GROUP_ROWS))
-    while group or not shard:  # no comparisons make one empty file
-        with pq.ParquetWriter(folder / f"train-{shard:05}.parquet", schema) as writer:
-            written = 0
-            while group and written < SHARD_ROWS:
+    def row_of(item: Comparison) -> dict[str, Any]:
+        if any(KINDS.get(type(medium), "media") != column for medium in item.media):
+            raise UserError(f"comparison {item.id!r}: its media are not all {column}; write one kind a folder.")
+        row = _plain(item, stored)
+        row["aspects"] = [{"name": name, "score": values} for name, values in row["aspects"].items()]
+        row[column] = row.pop("media")
+        if column in ABOUT:
+            row[ABOUT[column]] = [getattr(medium, ABOUT[column]) for medium in item.media]
+        return row
+
+    rows = map(row_of, chain([first] if first else [], rest))
+    for number in count():
+        shard = islice(rows, SHARD_ROWS)
+        group = list(islice(shard, GROUP_ROWS))
+        if number and not group:  # no comparisons make one empty file
+            return
+        with pq.ParquetWriter(folder / f"train-{number:05}.parquet", schema) as writer:
+            while group:
                 writer.write_table(pa.Table.from_pylist(group, schema))
-                written += len(group)
-                group = list(islice(plain, GROUP_ROWS))
-        shard += 1
+                group = list(islice(shard, GROUP_ROWS))
 
 
 def _schema(column: str) -> Any:
@@ -97,13 +100,16 @@ def _schema(column: str) -> Any:
     from datasets import Video as Film
 
     number, text = Value("float64"), Value("string")
-    kind = {"media": Picture(), "text": text, "sound": Audio(), "video": Film()}[column]
-    about = {"sample_rate_hz": List(Value("int64"))} if column == "sound" else {"fps": List(number)}
+    media = {
+        "media": {"media": List(Picture())},
+        "text": {"text": List(text)},
+        "sound": {"sound": List(Audio()), "sample_rate_hz": List(Value("int64"))},
+        "video": {"video": List(Film()), "fps": List(number)},
+    }
     fields = {
         "id": text,
         "prompt": text,
-        column: List(kind),
-        **(about if column in ABOUT else {}),
+        **media[column],
         "score": List(number),
         "weight": number,
         "user": text,
@@ -114,45 +120,28 @@ def _schema(column: str) -> Any:
     return Features(fields).arrow_schema
 
 
-def _in_table(medium: Any, name: str) -> Any:
-    return str(medium) if isinstance(medium, Text) else {"bytes": _encoded(medium, name)[0]}
-
-
-def _plain_rows(comparisons: Iterable[Comparison], stored: Callable[[Any, str], Any]) -> Iterator[dict[str, Any]]:
-    """The comparisons as dicts; `stored(medium, its name in an error)` says what stands for a medium."""
-    for item in comparisons:
-        where = f"comparison {item.id!r}"
-        condition = item.condition and [stored(medium, f"{where}, condition") for medium in item.condition]
-        yield {
-            "id": item.id,
-            "prompt": item.prompt,
-            "media": [stored(medium, f"{where}, medium {n}") for n, medium in enumerate(item.media)],
-            "score": list(item.score),
-            "weight": item.weight,
-            "user": item.user,
-            "condition": condition,
-            "source": list(item.source),
-            "aspects": {name: list(values) for name, values in item.aspects.items()},
-        }
+def _plain(item: Comparison, stored: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """A comparison as a dict; `stored(medium, its name in an error)` says what stands for a medium."""
+    where = f"comparison {item.id!r}"
+    return {
+        "id": item.id,
+        "prompt": item.prompt,
+        "media": [stored(medium, f"{where}, medium {n}") for n, medium in enumerate(item.media)],
+        "score": item.score,
+        "weight": item.weight,
+        "user": item.user,
+        "condition": item.condition and [stored(medium, f"{where}, condition") for medium in item.condition],
+        "source": item.source,
+        "aspects": item.aspects,
+    }
 
 
 def _encoded(medium: Any, name: str) -> tuple[bytes, str]:
     """A medium's file content and its ending ("png", "jpeg", "wav" …); a picture is checked to decode."""
-    if isinstance(medium, Sound | Video):
-        return _file(medium, name)
-    image = open_image(medium, name=name)
-    source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
-    if isinstance(source, str | Path):
-        source = Path(source).read_bytes()
-    if not isinstance(source, bytes):
-        stream = io.BytesIO()
-        image.save(stream, "PNG", compress_level=1)
-        source = stream.getvalue()
-    return source, (Image.open(io.BytesIO(source)).format or "png").lower()
-
-
-def _file(medium: Sound | Video, name: str) -> tuple[bytes, str]:
-    """An encoded sound's or video's content; its ending is that of its file, or a usual one."""
+    if not isinstance(medium, Sound | Video):
+        image = open_image(medium, name=name)
+        data = encoded(image if isinstance(medium, Image.Image) else medium)
+        return data, (Image.open(io.BytesIO(data)).format or "png").lower()
     if isinstance(medium.source, bytes):
         return medium.source, "wav" if isinstance(medium, Sound) else "mp4"
     path = Path(medium.source)
