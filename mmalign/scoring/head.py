@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.records import UserError
+from mmalign.scoring import weights
+from mmalign.scoring.scorer import Card
 
 KINDS = ("linear", "mlp", "mlp-relu", "silu2")
 
@@ -60,9 +62,24 @@ class AspectHeads(nn.Module):
         return {name: head(features).squeeze(-1) for name, head in self.heads.items()}
 
 
-def with_mean(aspects: dict[str, Tensor], weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-    """Adds `score`, the mean of the aspects; weights: aspect -> its weight, default 1."""
-    by = {name: float((weights or {}).get(name, 1)) for name in aspects}
+def load_aspects(card: Card, width: int) -> AspectHeads:
+    """The heads of a card's `score.head`: {file, kind, names, weights}.
+
+    Raises:
+        UserError: a field is missing or wrong, or the file is missing or does not fit.
+    """
+    facts = card.score.get("head") or {}
+    names = facts.get("names")
+    if not isinstance(names, list) or not names or "score" in names:
+        raise UserError(f"{card.folder / 'card.yaml'}: score.head.names must list the aspects, none called score.")
+    heads = AspectHeads(names, width, facts.get("kind", "linear"))
+    weights.fill(heads, weights.state_dict(card, facts), card)
+    return heads
+
+
+def with_mean(aspects: dict[str, Tensor], shares: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """Adds `score`, the mean of the aspects; shares: aspect -> its weight in it, default 1."""
+    by = {name: float((shares or {}).get(name, 1)) for name in aspects}
     return {"score": sum(by[name] * value for name, value in aspects.items()) / sum(by.values()), **aspects}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mmalign.records import UserError
+from mmalign.records import MAX_PIXELS, UserError, open_image
+from mmalign.scoring.scorer import Card, Scorer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,8 +28,10 @@ class Preprocess:
         antialias: of `bicubic-tensor` only. torchvision < 0.17 had none, so HPSv2's published numbers
             of 2023 were probably measured without; today's `hpsv2` package has it. They differ by ~1e-3.
 
-    Source: tgxs002/HPSv2 @ 866735e, open_clip/transform.py. Deviation: a picture whose long side already
-    has the right size is padded too; the official code leaves it as it is, and then fails in the tower.
+    Source: tgxs002/HPSv2 @ 866735e, open_clip/transform.py; torchvision's Resize, CenterCrop and ToTensor. Deviations:
+    a picture whose long side already has the right size is padded too (the official code leaves it as it is, and then
+    fails in the tower); every picture is made RGB on white before it is resized, as PickScore does (OpenAI's CLIP and
+    ImageReward do so after it, so they resize a palette by nearest neighbour and drop the alpha channel).
     """
 
     size: int = 224
@@ -54,7 +57,7 @@ class Preprocess:
         """RGB picture -> normalised float32 [3, size, size]."""
         picture = picture.convert("RGB")
         if self.interpolation == "bicubic-pil":
-            picture = crop(pil_short_side(picture, self.size), self.size)
+            return self.normalise(to_tensor(pil_short_side_crop(picture, self.size)))
         return self.tensor(to_tensor(picture))
 
     def tensor(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -62,7 +65,10 @@ class Preprocess:
 
         Exact for `bicubic-tensor`; for `bicubic-pil` it stands in for Pillow without its 8-bit rounding.
         """
-        pixels = RESIZERS[self.resize](pixels, self.size, self.antialias)
+        return self.normalise(RESIZERS[self.resize](pixels, self.size, self.antialias))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Takes off the mean and divides by the deviation."""
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -97,17 +103,34 @@ def short_side_crop(pixels: torch.Tensor, size: int, antialias: bool) -> torch.T
     return pixels[:, top : top + size, left : left + size]
 
 
-def pil_short_side(picture: Image.Image, size: int) -> Image.Image:
-    """Resizes with Pillow, as torchvision does a picture."""
+def pil_short_side_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Resizes with Pillow and cuts out the middle square, as torchvision does with a picture."""
     short = min(picture.size)
-    width, height = (int(size * side / short) for side in picture.size)
-    return picture if (width, height) == picture.size else picture.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def crop(picture: Image.Image, size: int) -> Image.Image:
-    """The middle square of a picture whose sides are at least `size`."""
-    left, top = (round((side - size) / 2) for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+    sides = [int(size * side / short) for side in picture.size]
+    corner = [round((side - size) / 2) for side in sides]
+    box = *corner, *(c + size for c in corner)
+    if sides[0] * sides[1] > MAX_PIXELS:  # a sliver: resize what is kept alone, at coordinates of 32 bits
+        scale = [side / new for side, new in zip(picture.size, sides, strict=True)] * 2
+        kept = [c * s for c, s in zip(box, scale, strict=True)]
+        return picture.resize((size, size), Image.Resampling.BICUBIC, box=kept)
+    return (picture if (*sides,) == picture.size else picture.resize(sides, Image.Resampling.BICUBIC)).crop(box)
 
 
 RESIZERS = {"long-side-pad": long_side_pad, "short-side-crop": short_side_crop}
+
+
+class PictureScorer(Scorer):
+    """What the families that judge preprocessed pictures share."""
+
+    def __init__(self, card: Card, device: str | torch.device):
+        self.card, self.device = card, torch.device(device)
+        self.preprocess = Preprocess.from_card(card.preprocess, f"{card.folder / 'card.yaml'}")
+        self.preparation = self.preprocess
+
+    def prepare(self, medium: Any, *, condition: Sequence = (), name: str = "") -> torch.Tensor:
+        """[3, size, size] of a picture."""
+        return self.preprocess(open_image(medium, name=name))
+
+    def score_tensor(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """See `Scorer.score_tensor`."""
+        return self.judge([self.preprocess.tensor(one) for one in pixels.to(self.device)], prompts)["score"]

@@ -22,7 +22,12 @@ from torch import Tensor
 from mmalign import bundled
 from mmalign.records import Text, UserError
 
-FAMILIES = {"clip": "mmalign.scoring.clip"}  # each module has `load(card, device) -> Scorer`
+FAMILIES = {  # each module has `load(card, device) -> Scorer`
+    "clip": "mmalign.scoring.clip",
+    "blip": "mmalign.scoring.blip",
+    "clap": "mmalign.scoring.clap",
+    "ensemble": "mmalign.scoring.ensemble",
+}
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,14 @@ class Scorer(ABC):
     Attributes:
         card: the facts.
         preparation: equal for two scorers that prepare media alike, so that one preparation serves both.
+        parts: what `judge` gives beside `score`.
+        dtype: of the weights.
     """
 
     card: Card
     preparation: Hashable = None
+    parts: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     @abstractmethod
     def prepare(self, medium: Any, *, condition: Sequence = (), name: str = "") -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mmalign.storage import sha256
 def find(card: Card, source: dict[str, Any]) -> Path:
     """The local path of `{file}` in the card's folder, or of `{hub, file}` in the Hugging Face cache.
 
+    A `missing` beside them says where the file is to be had, if not from a hub.
+
     Raises:
         UserError: the file is missing, cannot be fetched, or its sha256 is not the card's.
     """
@@ -24,7 +27,9 @@ def find(card: Card, source: dict[str, Any]) -> Path:
         raise UserError(f"{card.folder / 'card.yaml'}: the weights need a `file`, and a `hub` if it is to be fetched.")
     path = fetch(card, source) if "hub" in source else card.path(source["file"])
     if not path.is_file():
-        raise UserError(f"The weights {path} of scorer {card.name!r} are missing: put the file there.")
+        raise UserError(
+            f"The weights {path} of scorer {card.name!r} are missing: {source.get('missing', 'put the file there')}."
+        )
     if source.get("sha256") and sha256(path) != source["sha256"]:
         raise UserError(
             f"{path} is not the file that the card of {card.name!r} names (its sha256 differs): "
@@ -74,6 +79,47 @@ def state_dict(card: Card, source: dict[str, Any]) -> dict[str, torch.Tensor]:
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"{path} is not a readable safetensors file ({error}): fetch it again.") from error
         raise
+
+
+def renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name in another layout: each old part gives way to the new one, in order."""
+    for old, new in pairs:
+        name = name.replace(old, new)
+    return name
+
+
+def tokenizer(card: Card) -> Callable[[Sequence[str], int], dict[str, torch.Tensor]]:
+    """The tokenizer, of transformers, that the card's `model.tokenizer` names: (N prompts, L) -> tensors [N, L].
+
+    It is a hub id, or a folder or a WordPiece vocabulary (.txt) beside the card. Special tokens that are written out in
+    a prompt are split into ordinary ones: they would otherwise end it there.
+
+    Raises:
+        UserError: it is missing, unreachable or not readable.
+    """
+    from transformers import AutoTokenizer, BertTokenizer
+
+    name = str(card.model.get("tokenizer"))
+    path = card.path(name)
+    try:
+        if path.suffix == ".txt":
+            words = path.read_text(encoding="utf-8").splitlines()
+            found = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        else:
+            found = AutoTokenizer.from_pretrained(path if path.exists() else name)
+    except Exception as error:  # the hub's, the file system's and the parser's
+        raise UserError(
+            f"{card.folder / 'card.yaml'}: cannot load the tokenizer {name!r} ({type(error).__name__}): check the "
+            "connection, or name a folder of tokenizer files, or a vocabulary (.txt), that lies beside the card."
+        ) from error
+    return lambda prompts, length: found(
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        split_special_tokens=True,
+        return_tensors="pt",
+    )
 
 
 def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], card: Card) -> None:
