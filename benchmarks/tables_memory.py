@@ -35,8 +35,11 @@ def instant():
     class Instant(Scorer):
         card = Card(name="instant", family="none", folder=Path())
 
-        def score(self, media, prompts, *, batch_size=32):
-            return torch.tensor([float(len(prompt)) for prompt in prompts])
+        def prepare(self, medium, *, condition=(), name=""):
+            return None
+
+        def judge(self, prepared, prompts):
+            return {"score": torch.tensor([float(len(prompt)) for prompt in prompts])}
 
     return Instant()
 

@@ -197,25 +197,27 @@ def generate(
 
 
 def score(
-    path: str,
+    paths: tuple[str, ...],
     scorer: tuple[str, ...] = (),
     prompt: str | None = None,
     output: str | None = None,
+    aspects: bool = False,
     num_workers: int = 4,
 ) -> None:
     """Scores pictures, tables of them, candidates or comparisons; call it again to go on where it was stopped.
 
     Args:
-        path: a picture, a folder or glob of pictures, a table (parquet, csv, jsonl) with a prompt and a picture a row,
-            a candidates folder, or a data set of comparisons.
-        scorer: see mmalign scorers; once or more; default embedded-hps.
+        paths: pictures (videos, sounds), a folder or glob of them, a table (parquet, csv, jsonl) with a prompt and a
+            picture a row, a candidates folder, or a data set of comparisons; one or more.
+        scorer: see mmalign scorers, or a folder with a card.yaml; once or more; default embedded-hps.
         prompt: for all pictures; without it a picture's prompt is in its row, or in the text file beside it (fox.txt).
         output: .csv or .parquet; default scores.csv for pictures, else scores.parquet.
+        aspects: write the parts of a judgement too, a column each.
         num_workers: threads that decode ahead.
     """
     from mmalign.commands import score_media
 
-    score_media(path, scorer or ("embedded-hps",), prompt, output, num_workers)
+    score_media(paths, scorer or ("embedded-hps",), prompt, output, aspects=aspects, num_workers=num_workers)
 
 
 def pairs(

@@ -250,38 +250,50 @@ def _embedding(aligned: str, user: str | None, users: str | None) -> Any:
 
 
 def score_media(
-    path: str, scorers: Sequence[str], prompt: str | None, output: str | None, num_workers: int = 4
+    paths: Sequence[str],
+    scorers: Sequence[str],
+    prompt: str | None,
+    output: str | None,
+    *,
+    aspects: bool = False,
+    num_workers: int = 4,
 ) -> None:
     """What `mmalign score` does, in one process or as one of those that `accelerate launch` starts.
 
     Raises:
-        UserError: nothing at the path, a prompt is missing, or no medium could be scored.
+        UserError: nothing at a path, a prompt is missing, or no medium could be scored.
     """
     import datasets
 
-    from mmalign.data.media import open_source
+    from mmalign.data.media import MEDIA, files_source, open_source
     from mmalign.data.score import score_media as score_all
 
     datasets.disable_progress_bars()  # they would stand in front of our own lines
-    source = open_source(path, prompt)
+    if not paths:
+        raise UserError("score what? Name pictures, a folder, a table or candidates, as in mmalign score pictures/.")
+    if len(paths) > 1 and all(Path(path).suffix.lower() in MEDIA for path in paths):
+        sources = [files_source(paths, prompt)]
+    else:
+        sources = [open_source(path, prompt) for path in paths]
+    if output and len(sources) > 1:
+        raise UserError(f"--output {output} is one table, but {len(paths)} are asked for; score them one by one.")
     processes = this_process()
-    judges: dict[str, Any] = {}
-    for name in scorers:
-        judge = mmalign.load_scorer(name, processes.device)
-        judges[judge.card.name] = judge
+    judges = {judge.card.name: judge for judge in (mmalign.load_scorer(name, processes.device) for name in scorers)}
     shared = {
+        "aspects": aspects,
         "num_workers": num_workers,
         "rank": processes.process_index,
         "world_size": processes.num_processes,
         "barrier": processes.wait_for_everyone,
     }
-    if not processes.is_main_process:
-        score_all(source, judges, output, **shared)
-        return
-    started = time.monotonic()
-    with stage("Scores", source.total) as advance:
-        target = score_all(source, judges, output, advance=advance, **shared)
-    _show_scores(path, target, list(judges), time.monotonic() - started)
+    for source in sources:
+        if not processes.is_main_process:
+            score_all(source, judges, output, **shared)
+            continue
+        started = time.monotonic()
+        with stage("Scores", source.total) as advance:
+            target = score_all(source, judges, output, advance=advance, **shared)
+        _show_scores(source.name, target, list(judges), time.monotonic() - started)
 
 
 def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float) -> None:
@@ -297,17 +309,17 @@ def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float
             ]
             for row in read_scores(target)
         ]
-        table(f"Scores of {count} pictures", ["picture", *scorers, "error"], rows)
+        table(f"Scores of {count} media", ["medium", *scorers, "error"], rows)
     else:
         rows = [
             [name, model or "all", f"{n:,}", *("" if value is None else f"{value:.4f}" for value in values)]
             for model, found in summary(target, scorers).items()
             for name, (n, *values) in found.items()
         ]
-        table(f"Scores of {count:,} pictures", ["scorer", "model", "n", "mean", "min", "max"], rows)
-    print(f"{count - failed} scored, {failed} not decoded; all rows are in {target}. {count / seconds:.1f} rows/s")
+        table(f"Scores of {count:,} media", ["scorer", "model", "n", "mean", "min", "max"], rows)
+    print(f"{count - failed} scored, {failed} not scored; all rows are in {target}. {count / seconds:.1f} rows/s")
     if failed == count:
-        raise UserError(f"{path}: none of its pictures could be decoded.")
+        raise UserError(f"{path}: none of its media could be scored.")
 
 
 def make_pairs(scored: str, output_dir: str, rule: Any, **settings: Any) -> None:

@@ -181,7 +181,7 @@ def test_score_lists_what_it_could_not_read(tmp_path, capsys, pairs):
     pairs[0].media[0].save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     main(["score", str(tmp_path), "--prompt", "a red fox", "--scorer", "embedded-clip", "--scorer", "embedded-hps"])
-    assert "1 scored, 1 not decoded" in capsys.readouterr().out
+    assert "1 scored, 1 not scored" in capsys.readouterr().out
     rows = (tmp_path / "scores.csv").read_text().splitlines()
     assert rows[0] == "file,prompt,embedded-clip,embedded-hps,error"
     assert "cannot be decoded" in rows[2]
@@ -189,6 +189,22 @@ def test_score_lists_what_it_could_not_read(tmp_path, capsys, pairs):
     assert "did you mean 'embedded-hps'" in refused(
         capsys, "score", tmp_path, "--prompt", "x", "--scorer", "embedded-hp"
     )
+
+
+def test_score_takes_what_a_shell_makes_of_a_star(tmp_path, capsys, pairs):
+    files = [str(tmp_path / f"{n}.png") for n in range(3)]
+    for file, medium in zip(files, [*pairs[0].media, pairs[1].media[0]], strict=True):
+        medium.save(file)
+    main(["score", *files, "--prompt", "a red fox", "--aspects"])
+    assert "3 scored, 0 not scored" in capsys.readouterr().out
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert rows[0] == "file,prompt,embedded-hps,embedded-hps.finish,embedded-hps.alignment,error"
+    assert [row.split(",")[0] for row in rows[1:]] == files
+    assert "--output x.csv is one table, but 2 are asked for" in refused(
+        capsys, "score", tmp_path, tmp_path, "--prompt", "x", "--output", "x.csv"
+    )
+    assert "score what?" in refused(capsys, "score")
+    assert f"{files[0]}x.png: no such file" in refused(capsys, "score", files[0] + "x.png", files[1], "--prompt", "x")
 
 
 def test_help_and_import_load_nothing_heavy():

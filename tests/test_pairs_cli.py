@@ -31,7 +31,7 @@ def candidates(tmp_path):
 
 def test_score_then_pairs_then_scores_of_the_pairs(candidates, tmp_path, capsys):
     main(["score", str(candidates), "--scorer", "embedded-hps", "--scorer", "embedded-clip"])
-    assert "16 scored, 0 not decoded" in capsys.readouterr().out
+    assert "16 scored, 0 not scored" in capsys.readouterr().out
     out = str(tmp_path / "pairs")
     main(["pairs", str(candidates), "--mode", "soft", "--output-dir", out, "--min-margin", "0.001"])
     said = capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_score_then_pairs_then_scores_of_the_pairs(candidates, tmp_path, capsys)
 
 def test_wrong_input_is_one_sentence(candidates, tmp_path, capsys):
     assert "run mmalign score" in refused(capsys, "pairs", candidates)
-    assert "no such picture" in refused(capsys, "score", tmp_path / "nothing")
+    assert "no such file" in refused(capsys, "score", tmp_path / "nothing")
     assert "did you mean --min-margin?" in refused(capsys, "pairs", candidates, "--min-margn", "1")
     main(["score", str(candidates)])
     assert "has no scores of hpsv2; it has embedded-hps" in refused(capsys, "pairs", candidates, "--scorer", "hpsv2")
@@ -60,7 +60,7 @@ def test_wrong_input_is_one_sentence(candidates, tmp_path, capsys):
     assert "choose another folder" in refused(capsys, "pairs", candidates, "--output-dir", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").is_file()
     write_part(tmp_path / "answers", [Candidate(candidate_id("q", [], "m", 0, {}), "q", Text("yes"), "m", 0, {})])
-    assert "holds texts" in refused(capsys, "score", tmp_path / "answers")
+    assert "holds text, but embedded-hps judges image" in refused(capsys, "score", tmp_path / "answers")
 
 
 @pytest.mark.slow

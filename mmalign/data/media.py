@@ -1,7 +1,7 @@
 """What can be scored: media with their prompts, streamed from wherever they lie.
 
-A picture, a folder or glob of pictures, a table (parquet, CSV, JSONL, the `metadata.jsonl` of an imagefolder), a
-candidates folder, or comparisons in any layout that `read_comparisons` knows.
+A file, a folder or glob of pictures, sounds or videos, a table (parquet, CSV, JSONL, the `metadata.jsonl` of an
+imagefolder), a candidates folder, or comparisons in any layout that `read_comparisons` knows.
 """
 
 import csv
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.candidates import candidate_ids, is_candidates, read_candidates
+from mmalign.data.fields import SOUNDS, VIDEOS, file_of
 from mmalign.data.importers import read_comparisons
 from mmalign.records import UserError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MEDIA = PICTURES | SOUNDS | VIDEOS
 TABLES = {".parquet", ".csv", ".jsonl"}
-MEDIUM = ("file_name", "image", "file", "path", "jpg")  # columns that hold the picture; the first that is there counts
+# Columns that hold the medium; the first that is there counts
+MEDIUM = ("file_name", "image", "file", "path", "jpg", "video", "audio")
 PROMPT = ("prompt", "caption", "text")
 SCORES = "scores.parquet"
 HEADER = b"mmalign"  # of the provenance in such a file
@@ -30,16 +33,18 @@ class Row:
     """One medium to score.
 
     Attributes:
-        medium: Still encoded: bytes, a path, a PIL image, or `Text`; or the error that came in its place.
+        medium: Still encoded: what `open_image` takes, `Text`, `Sound` or `Video`; or the error that came in its place.
         prompt: None where the row has none.
         columns: What stands in the row's line of scores, prompt included.
         where: Its name in an error.
+        condition: Input pictures of the prompt.
     """
 
     medium: Any
     prompt: str | None
     columns: dict[str, Any]
     where: str
+    condition: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Source:
 
     Attributes:
         name: As the user gave it.
-        kind: pictures, table, candidates or comparisons.
+        kind: files, table, candidates or comparisons.
         fields: Column of the scores -> its Arrow type.
         total: Number of rows; of comparisons as if all were pairs, as it is for the bar alone.
         rows: Starts to read them, in a fixed order.
@@ -76,18 +81,27 @@ def open_source(path: str | Path, prompt: str | None = None) -> Source:
     name, path = str(path), Path(path)
     if is_candidates(path):
         return _candidates(name, path)
-    if path.suffix.lower() in PICTURES and path.is_file():
-        return _pictures(name, lambda: [str(path)], prompt, path.parent)
+    if path.suffix.lower() in MEDIA and path.is_file():
+        return files_source([name], prompt)
     if not path.exists() and glob.has_magic(name):
         return _globbed(name, prompt)
     files = table_files(path)
     if files and medium_column(column_names(files[0])):
         return _table(name, files, prompt)
     if path.is_dir() and not files and not _is_comparisons(path):
-        return _pictures(name, lambda: _walk(path), prompt, path)
+        return _files(name, lambda: _walk(path), prompt, path)
     if not path.exists() and (name.count("/") != 1 or path.parent.is_dir()):
-        raise UserError(f"{name}: no such picture or folder.")
+        raise UserError(f"{name}: no such file or folder.")
     return _comparisons(name, path)
+
+
+def files_source(files: Sequence[str], prompt: str | None = None) -> Source:
+    """Pictures, sounds or videos by name, as a shell's * gives them; arguments and errors as `open_source`."""
+    missing = next((file for file in files if not os.path.isfile(file)), None)
+    if missing:
+        raise UserError(f"{missing}: no such file or folder.")
+    name = files[0] if len(files) == 1 else f"{len(files)} files"
+    return _files(name, lambda: files, prompt, Path(files[0]).parent)
 
 
 def default_scores(path: str | Path) -> Path:
@@ -209,12 +223,12 @@ def _count(file: Path) -> int:
 
 
 def beside(value: Any, folder: Path) -> Any:
-    """What a table's cell says of a picture: bytes, or a path that is looked up in the table's folder first."""
+    """The medium of a table's cell: bytes, or a path that is looked up in the table's folder first."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return folder / value if (folder / value).is_file() else Path(value)
-    return value
+        value = Path(value) if Path(value).exists() and not (folder / value).exists() else folder / value
+    return file_of(value, folder.joinpath)
 
 
 def _table(name: str, files: Sequence[Path], prompt: str | None) -> Source:
@@ -232,7 +246,8 @@ def _table(name: str, files: Sequence[Path], prompt: str | None) -> Source:
             for row in table_rows(file):
                 medium = beside(row.get(column), file.parent)
                 said = prompt if prompt is not None else row.get(asked)
-                path = str(medium) if isinstance(medium, Path) else None
+                path = getattr(medium, "source", medium)
+                path = str(path) if isinstance(path, Path) else None
                 told = {field: None if row.get(field) is None else str(row[field]) for field in kept}
                 key = str(number if row.get("id") is None else row["id"])
                 columns = {"id": key, "prompt": said, **told, "number": number, "file": path}
@@ -243,14 +258,14 @@ def _table(name: str, files: Sequence[Path], prompt: str | None) -> Source:
     return Source(name, "table", fields, sum(map(_count, files)), rows, default_scores(place))
 
 
-# --- pictures ---
+# --- files ---
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """The pictures below a folder, folder by folder; hidden ones are left alone."""
+    """The media below a folder, folder by folder; hidden ones are left alone."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(root, name) for name in sorted(names) if Path(name).suffix.lower() in PICTURES)
+        yield from (os.path.join(root, name) for name in sorted(names) if Path(name).suffix.lower() in MEDIA)
 
 
 def _globbed(name: str, prompt: str | None) -> Source:
@@ -258,26 +273,26 @@ def _globbed(name: str, prompt: str | None) -> Source:
     endings = {Path(file).suffix.lower() for file in found}
     if found and endings <= TABLES:
         return _table(name, [Path(file) for file in found], prompt)
-    pictures = [file for file in found if Path(file).suffix.lower() in PICTURES]
-    return _pictures(name, lambda: pictures, prompt, Path(pictures[0]).parent if pictures else Path())
+    media = [file for file in found if Path(file).suffix.lower() in MEDIA]
+    return _files(name, lambda: media, prompt, Path(media[0]).parent if media else Path())
 
 
-def _pictures(name: str, files: Callable[[], Iterable[str]], prompt: str | None, folder: Path) -> Source:
+def _files(name: str, files: Callable[[], Iterable[str]], prompt: str | None, folder: Path) -> Source:
     total = 0
     for file in files():
         total += 1
         if prompt is None and not Path(file).with_suffix(".txt").is_file():
             text = Path(file).with_suffix(".txt").name
-            raise UserError(f"{file}: has no prompt; give --prompt, or put it into {text} beside the picture.")
+            raise UserError(f"{file}: has no prompt; give --prompt, or put it into {text} beside it.")
     if not total:
-        raise UserError(f"{name}: has no pictures ({', '.join(sorted(PICTURES))}).")
+        raise UserError(f"{name}: has no pictures, sounds or videos ({', '.join(sorted(MEDIA))}).")
 
     def rows() -> Iterator[Row]:
         for file in files():
             said = prompt if prompt is not None else Path(file).with_suffix(".txt").read_text(encoding="utf-8").strip()
-            yield Row(Path(file), said, {"file": file, "prompt": said}, file)
+            yield Row(file_of(Path(file), folder.joinpath), said, {"file": file, "prompt": said}, file)
 
-    return Source(name, "pictures", {"file": "string", "prompt": "string"}, total, rows, folder / "scores.csv")
+    return Source(name, "files", {"file": "string", "prompt": "string"}, total, rows, folder / "scores.csv")
 
 
 # --- candidates and comparisons ---
@@ -289,7 +304,7 @@ def _candidates(name: str, folder: Path) -> Source:
     def rows() -> Iterator[Row]:
         for one in read_candidates(folder):
             columns = {field: getattr(one, field) for field in fields}
-            yield Row(one.medium, one.prompt, columns, f"candidate {one.id}")
+            yield Row(one.medium, one.prompt, columns, f"candidate {one.id}", one.condition or ())
 
     fields = {**texts, **numbers, "user": "string", "number": "int64"}
     return Source(name, "candidates", fields, sum(1 for _ in candidate_ids(folder)), rows, folder / SCORES)
@@ -319,6 +334,7 @@ def _comparisons(name: str, path: Path) -> Source:
                 model = item.source[member] if item.source else None
                 columns = {"id": item.id, "member": member, "prompt": item.prompt, "model": model}
                 columns |= {"user": item.user, "number": number, "human": item.score[member]}
-                yield Row(medium, item.prompt, columns, f"comparison {item.id!r}, picture {member}")
+                where = f"comparison {item.id!r}, medium {member}"
+                yield Row(medium, item.prompt, columns, where, item.condition or ())
 
     return Source(name, "comparisons", fields, 2 * len(comparisons), rows, default_scores(path))

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import groupby, islice
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mmalign.data.media import HEADER, Row, Source, read_header, table_sql
-from mmalign.records import Text, UserError, open_image
-from mmalign.scoring.scorer import Card, Scorer
+from mmalign.records import Sound, Text, UserError, Video, open_image
+from mmalign.scoring.scorer import Scorer
 from mmalign.scoring.weights import find
 from mmalign.storage import atomic_file, read_json, sha256, sweep, write_json
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 PART_ROWS, BATCH_ROWS = 256, 32  # rows that a killed run loses at most, and that a scorer is given at once
 GROUP_ROWS = 2**16  # rows of scores in a row group of the output
+MODEL_FILES = (".safetensors", ".bin", ".json")  # of a folder that transformers loads
+KINDS = {Text: "text", Sound: "audio", Video: "video"}  # what cards call media that are no pictures
 
 
 def score_media(
@@ -38,6 +41,7 @@ def score_media(
     judges: Mapping[str, Scorer],
     output: str | Path | None = None,
     *,
+    aspects: bool = False,
     num_workers: int = 4,
     rank: int = 0,
     world_size: int = 1,
@@ -46,14 +50,16 @@ def score_media(
 ) -> Path | None:
     """Scores every medium of a source and writes the table.
 
-    Its columns are the source's, a float64 column a scorer, and `error`: why a row has no scores, or null. In a parquet
+    Its columns are the source's, a float64 column a scorer, and `error`: why a row has no scores, or null. A medium is
+    decoded once for all scorers, and prepared once for those that prepare it alike. In a parquet
     table of candidates, the scores of a candidate that has some are kept, also those of scorers that are not asked now.
 
     Args:
         source: What to score, see `mmalign.data.media.open_source`.
-        judges: Name -> scorer; a picture is decoded once for all of them.
+        judges: Name -> scorer.
         output: A .csv or .parquet file; default the source's.
-        num_workers: Threads that decode ahead.
+        aspects: Write the parts of the scorers' judgements too, as `scorer.part`.
+        num_workers: Threads that decode and prepare ahead.
         rank: This process, in [0, world_size); it scores every world_size-th part.
         world_size: Number of processes; they share the output's disk.
         barrier: Waits for all processes.
@@ -63,32 +69,34 @@ def score_media(
         The table's path; None on all ranks but the first.
 
     Raises:
-        UserError: Texts or nothing at all, or scorers of something else than pictures; an output of another kind.
+        UserError: Nothing at all, media of another kind than a scorer judges, or an output of another kind.
     """
     target = Path(output) if output else source.output
     if target.suffix not in (".csv", ".parquet"):
         raise UserError(f"{target}: scores are written as .csv or .parquet; end the name with one of them.")
-    other = [f"{name} judges {judge.card.judges}" for name, judge in judges.items() if judge.card.judges != "image"]
-    if other:
-        raise UserError(f"{', '.join(other)}: mmalign score is for scorers of pictures; choose another.")
     first = next(iter(source.rows()), None)
     if first is None:
         raise UserError(f"{source.name}: has no rows to score.")
-    if isinstance(first.medium, Text):
-        raise UserError(f"{source.name}: holds texts, which scorers of pictures ({', '.join(judges)}) cannot judge.")
+    kind = KINDS.get(type(first.medium), "image")
+    other = [name for name, judge in judges.items() if judge.card.judges != kind]
+    if other and not isinstance(first.medium, UserError):
+        told = ", ".join(f"{name} judges {judges[name].card.judges}" for name in other)
+        raise UserError(f"{source.name}: holds {kind}, but {told}; see mmalign scorers for another.")
+    parts = {f"{name}.{part}": name for name, judge in judges.items() for part in judge.parts} if aspects else {}
     header = {"source": source.name, **provenance(judges)}
+    header["aspects"] = {column: header["scorers"][name] for column, name in parts.items()}
     known = Known(target if source.kind == "candidates" else None, header)
     folder = target.with_name(f".{target.name}.parts")
     if rank == 0:
         _prepare(folder, header)
     barrier()
     names: list[str] = []
-    schema = _schema(source, [*known.kept, *judges], header)
+    schema = _schema(source, [*known.kept, *judges, *parts], header)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         todo = _todo(source, folder, names, (rank, world_size), advance)
-        prepared = _ahead(pool, ((part, row, known.of(row)) for part, row in todo), judges)
+        prepared = _ahead(pool, ((part, row, known.of(row)) for part, row in todo), judges, {*judges, *parts})
         for part, rows in groupby(prepared, key=lambda one: one[0]):
-            _write_part(part, list(_judged(rows, judges)), schema)
+            _write_part(part, list(_judged(rows, judges, parts)), schema)
     barrier()
     if rank:
         return None
@@ -99,18 +107,21 @@ def score_media(
 
 def provenance(judges: Mapping[str, Scorer]) -> dict[str, Any]:
     """What the scores depend on: each scorer's family, weights (sha256) and preprocessing, and the versions."""
-    versions = {name: version(name) for name in ("mmalign", "torch", "open_clip_torch", "pillow")}
-    return {"scorers": {name: _facts(judge.card) for name, judge in judges.items()}, "versions": versions}
+    versions = {name: version(name) for name in ("mmalign", "torch", "open_clip_torch", "transformers", "pillow")}
+    return {"scorers": {name: _facts(judge) for name, judge in judges.items()}, "versions": versions}
 
 
-def _facts(card: Card) -> dict[str, Any]:
+def _facts(judge: Scorer) -> dict[str, Any]:
+    card = judge.card
     weights = {
         source["file"]: source.get("sha256") or sha256(find(card, source))
         for source in (card.weights, card.score.get("head") or {})
         if "file" in source
     }
-    facts = {"name": card.name, "family": card.family, "model": card.model, "preprocess": card.preprocess}
-    return json.loads(json.dumps({**facts, "score": card.score, "weights": weights}, default=str))
+    if "transformers" in card.model and (folder := card.path(card.model["transformers"])).is_dir():
+        weights |= {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.suffix in MODEL_FILES}
+    facts = {field: getattr(card, field) for field in ("name", "family", "model", "preprocess", "score")}
+    return json.loads(json.dumps({**facts, "weights": weights, "dtype": judge.dtype}, default=str))
 
 
 class Known:
@@ -127,11 +138,13 @@ class Known:
             return
         import pyarrow.parquet as pq
 
-        former = read_header(scores).get("scorers", {})
-        asked = header["scorers"]
+        before = read_header(scores)
+        former = before.get("scorers", {}) | before.get("aspects", {})
+        asked = header["scorers"] | header["aspects"]
         self.kept = [name for name in former if name not in asked]
         self.names = [name for name in former if asked.get(name, former[name]) == former[name]]
-        header["scorers"] = {name: former[name] for name in self.kept} | asked
+        for kind in ("scorers", "aspects"):
+            header[kind] = {n: facts for n, facts in before.get(kind, {}).items() if n in self.kept} | header[kind]
         if self.names:
             table = pq.read_table(scores, columns=["id", *self.names])
             ids = np.fromiter((_number(one.as_py()) for one in table["id"]), np.uint64, len(table))
@@ -248,50 +261,74 @@ def _join(parts: Sequence[Path], target: Path, schema: "pa.Schema") -> None:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, rows: Iterable[tuple[Path, Row, dict[str, float]]], judges: Mapping[str, Scorer]
+    pool: ThreadPoolExecutor,
+    rows: Iterable[tuple[Path, Row, dict[str, float]]],
+    judges: Mapping[str, Scorer],
+    columns: set[str],
 ) -> Iterator[tuple[Path, Row, dict[str, float], Any]]:
-    """(part, row, known scores, picture or why there is none), decoded a batch ahead."""
+    """(part, row, known scores, what `_prepared` gives), two batches ahead; of rows with all columns known nothing."""
     waiting: deque[tuple[Path, Row, dict[str, float], Future]] = deque()
     for part, row, known in rows:
-        waiting.append((part, row, known, pool.submit(_opened, row, judges.keys() <= known.keys())))
-        if len(waiting) > BATCH_ROWS:
+        waiting.append((part, row, known, pool.submit(_prepared, row, {} if columns <= known.keys() else judges)))
+        if len(waiting) > 2 * BATCH_ROWS:
             *told, future = waiting.popleft()
             yield *told, future.result()
     for *told, future in waiting:
         yield *told, future.result()
 
 
-def _opened(row: Row, is_known: bool) -> Any:
-    if is_known:
-        return None
+def _prepared(row: Row, judges: Mapping[str, Scorer]) -> dict[Hashable, Any] | str:
+    """Preparation -> what its scorers take of a row; or why there is none."""
     if isinstance(row.medium, UserError):
         return str(row.medium)
     if row.medium is None or row.prompt is None:
         return f"{row.where}: has no {'prompt' if row.prompt is None else 'picture'}; add it."
+    made: dict[Hashable, Any] = {}
+    medium = row.medium
     try:
-        return open_image(row.medium, name=row.where)
+        for name, judge in judges.items():
+            if judge.card.judges == "image" and medium is row.medium:
+                medium = open_image(medium, name=row.where)
+            key = _preparation(name, judge)
+            if key not in made:
+                made[key] = judge.prepare(medium, condition=row.condition, name=row.where)
     except UserError as error:
         return str(error)
+    return made
 
 
-def _judged(rows: Iterable[tuple], judges: Mapping[str, Scorer]) -> Iterator[dict[str, Any]]:
+def _preparation(name: str, judge: Scorer) -> Hashable:
+    return name if judge.preparation is None else judge.preparation
+
+
+def _judged(rows: Iterable[tuple], judges: Mapping[str, Scorer], parts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Lines of the table."""
     rows = iter(rows)
     while batch := list(islice(rows, BATCH_ROWS)):
         lines, opened = [], []
         for _, row, known, made in batch:
             lines.append({**row.columns, **known, "error": made if isinstance(made, str) else None})
-            if made is not None and not isinstance(made, str):
+            if made and not isinstance(made, str):
                 opened.append((lines[-1], row, made))
-        if opened:
-            pictures, prompts = [made for *_, made in opened], [row.prompt for _, row, _ in opened]
-            for name, judge in judges.items():
-                for (line, row, _), value in zip(opened, judge.score(pictures, prompts).tolist(), strict=True):
-                    if math.isfinite(value):
-                        line[name] = value
-                    else:
-                        line["error"] = f"{row.where}: {name} gives {value}."
+        for name, judge in judges.items():
+            at_once = BATCH_ROWS if judge.card.batch_invariant else 1
+            for start in range(0, len(opened), at_once):
+                _judge(name, judge, opened[start : start + at_once], [p for p in parts if parts[p] == name])
         yield from lines
+
+
+def _judge(name: str, judge: Scorer, rows: Sequence[tuple], parts: Sequence[str]) -> None:
+    """Writes a scorer's numbers into the lines of prepared rows."""
+    key = _preparation(name, judge)
+    with torch.inference_mode():
+        found = judge.judge([made[key] for *_, made in rows], [row.prompt for _, row, _ in rows])
+    columns = {name: found["score"]} | {part: found[part.removeprefix(f"{name}.")] for part in parts}
+    for column, values in columns.items():
+        for (line, row, _), value in zip(rows, values.tolist(), strict=True):
+            if math.isfinite(value):
+                line[column] = value
+            else:
+                line["error"] = f"{row.where}: {column} gives {value}."
 
 
 # --- afterwards ---

@@ -21,15 +21,21 @@ class Red(Scorer):
         self.card = Card(name=name, family="none", folder=None, **facts)
         self.seen = 0
 
-    def score(self, media, prompts, *, batch_size=32):
-        self.seen += len(media)
-        return torch.tensor([one.resize((1, 1)).getpixel((0, 0))[0] / 255 for one in media])
+    def prepare(self, medium, *, condition=(), name=""):
+        return medium
+
+    def judge(self, prepared, prompts):
+        self.seen += len(prepared)
+        return {"score": torch.tensor([one.resize((1, 1)).getpixel((0, 0))[0] / 255 for one in prepared])}
 
 
 class Blue(Red):
-    def score(self, media, prompts, *, batch_size=32):
-        super().score(media, prompts)
-        return torch.tensor([one.resize((1, 1)).getpixel((0, 0))[2] / 255 for one in media])
+    parts = ("half",)
+
+    def judge(self, prepared, prompts):
+        self.seen += len(prepared)
+        blue = torch.tensor([one.resize((1, 1)).getpixel((0, 0))[2] / 255 for one in prepared])
+        return {"score": blue, "half": blue / 2}
 
 
 def red(medium):
@@ -146,13 +152,81 @@ def test_what_was_scored_before_is_not_scored_again(tmp_path):
     assert changed.seen == 10
 
 
+def test_media_are_prepared_once_for_scorers_that_prepare_alike(tmp_path):
+    class Prepares(Blue):
+        def __init__(self, name, preparation):
+            super().__init__(name)
+            self.preparation, self.prepared = preparation, 0
+
+        def prepare(self, medium, *, condition=(), name=""):
+            self.prepared += 1
+            return medium
+
+    judges = {n: Prepares(n, p) for n, p in (("a", "one"), ("b", "one"), ("c", "two"), ("d", None), ("e", None))}
+    score_media(open_source(pictures(tmp_path / "pictures")), judges)
+    assert [judge.prepared for judge in judges.values()] == [3, 0, 3, 3, 3]
+
+
+def test_aspects_are_columns_and_stay_when_another_scorer_comes(tmp_path):
+    folder = candidates(tmp_path / "c")
+    blue = Blue("blue")
+    target = score_media(open_source(folder), {"blue": blue}, aspects=True)
+    table = pq.read_table(target).to_pylist()
+    assert all(row["blue.half"] == pytest.approx(row["blue"] / 2) for row in table)
+    score_media(open_source(folder), {"blue": blue}, aspects=True)
+    assert blue.seen == 6
+    score_media(open_source(folder), {"red": Red()})
+    again = pq.read_table(target)
+    assert again.select(["blue", "blue.half"]).to_pylist() == [{n: r[n] for n in ("blue", "blue.half")} for r in table]
+    assert list(read_header(target)["aspects"]) == ["blue.half"]
+
+
+def test_a_scorer_that_reads_its_neighbours_is_shown_one_at_a_time(tmp_path):
+    class Shy(Red):
+        def judge(self, prepared, prompts):
+            assert len(prepared) == 1
+            return super().judge(prepared, prompts)
+
+    shy = Shy(batch_invariant=False)
+    score_media(open_source(pictures(tmp_path / "pictures")), {"red": shy})
+    assert shy.seen == 3
+
+
+def test_condition_pictures_reach_the_scorer(tmp_path):
+    class Shown(Red):
+        def prepare(self, medium, *, condition=(), name=""):
+            assert len(condition) == 1
+            return open_image(condition[0])
+
+    item = Comparison("i", "p", (picture(0), picture(1)), (1, 0), condition=(picture(5),))
+    write_comparisons(tmp_path / "data", [item])
+    table = pq.read_table(score_media(open_source(tmp_path / "data"), {"red": Shown()}))
+    assert table["red"].to_pylist() == pytest.approx([red(picture(5))] * 2)
+
+
+def test_sounds_and_videos_go_to_their_own_scorers(tmp_path):
+    class Hears(Red):
+        def judge(self, prepared, prompts):
+            return {"score": torch.tensor([float(len(one.source.read_bytes())) for one in prepared])}
+
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    source = open_source(tmp_path / "a.wav", "a bell")
+    table = score_media(source, {"hears": Hears("hears", judges="audio")}, tmp_path / "out.parquet")
+    assert pq.read_table(table)["hears"].to_pylist() == [4.0]
+    with pytest.raises(UserError, match="holds audio, but red judges image"):
+        score_media(source, {"red": Red()})
+    (tmp_path / "t.csv").write_text("prompt,video\na,clip.mp4\n")
+    with pytest.raises(UserError, match="holds video, but red judges image"):
+        score_media(open_source(tmp_path / "t.csv"), {"red": Red()})
+
+
 class Dies(Red):
     """Ends the run in its second part."""
 
-    def score(self, media, prompts, *, batch_size=32):
+    def judge(self, prepared, prompts):
         if self.seen >= PART_ROWS:
             raise KeyboardInterrupt
-        return super().score(media, prompts)
+        return super().judge(prepared, prompts)
 
 
 def many(tmp_path):
@@ -213,8 +287,8 @@ def test_two_processes_make_the_table_of_one(tmp_path):
 
 def test_a_score_that_is_no_number_is_an_error_of_the_row(tmp_path):
     class Nan(Red):
-        def score(self, media, prompts, *, batch_size=32):
-            return torch.tensor([float("nan")] * len(media))
+        def judge(self, prepared, prompts):
+            return {"score": torch.tensor([float("nan")] * len(prepared))}
 
     folder = candidates(tmp_path / "c")
     row = pq.read_table(score_media(open_source(folder), {"nan": Nan("nan")})).to_pylist()[0]
@@ -223,10 +297,10 @@ def test_a_score_that_is_no_number_is_an_error_of_the_row(tmp_path):
 
 
 def test_what_cannot_be_scored_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="no such picture"):
+    with pytest.raises(UserError, match="no such file"):
         open_source(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no pictures"):
+    with pytest.raises(UserError, match="has no pictures, sounds or videos"):
         open_source(tmp_path / "empty")
     (tmp_path / "t.csv").write_text("file_name,model\na.png,m\n")
     with pytest.raises(UserError, match="has no column prompt"):
@@ -236,13 +310,13 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path):
         open_source(tmp_path / "t.jsonl")
     answers = [Candidate(candidate_id("q", [], "m", s, {}), "q", Text("yes"), "m", s, {}) for s in range(2)]
     write_part(tmp_path / "answers", answers)
-    with pytest.raises(UserError, match="holds texts"):
+    with pytest.raises(UserError, match="holds text, but red judges image"):
         score_media(open_source(tmp_path / "answers"), {"red": Red()})
     assert not list((tmp_path / "answers").glob(".*"))
     folder = candidates(tmp_path / "c")
     with pytest.raises(UserError, match=r"\.csv or \.parquet"):
         score_media(open_source(folder), {"red": Red()}, tmp_path / "x.txt")
-    with pytest.raises(UserError, match="judges text"):
+    with pytest.raises(UserError, match="holds image, but red judges text"):
         score_media(open_source(folder), {"red": Red(judges="text")})
 
 
