@@ -23,6 +23,7 @@ from mmalign.storage import atomic_file, atomic_folder, read_json, write_json
 
 CANDIDATES = "candidates.json"
 METADATA = "metadata.jsonl"
+SAME = ("id", "prompt", "model", "seed", "user", "number")  # columns that are a candidate's attributes as they are
 LAYOUTS = ("parquet", "folder")
 GROUP_ROWS = 32  # rows that a reader loads at once
 
@@ -113,7 +114,10 @@ def read_candidates(folder: str | Path, batch: int = 256) -> Iterator[Candidate]
     Raises:
         UserError: No parts, or a part that is damaged.
     """
-    for part in _some_parts(folder):
+    parts = _parts(Path(folder))
+    if not parts:
+        raise UserError(f"{folder}: holds no candidates; make them with mmalign generate.")
+    for part in parts:
         for row in _rows(part, None, batch):
             yield _candidate(row, part)
 
@@ -168,13 +172,8 @@ def note(folder: str | Path, asked: Mapping[str, Any]) -> None:
 def _plain(one: Candidate) -> dict[str, Any]:
     """The columns that are the same in both layouts."""
     return {
-        "id": one.id,
-        "prompt": one.prompt,
-        "model": one.model,
-        "seed": one.seed,
+        **{name: getattr(one, name) for name in SAME},
         "parameters": json.dumps(one.parameters, sort_keys=True, ensure_ascii=False),
-        "user": one.user,
-        "number": one.number,
     }
 
 
@@ -185,7 +184,8 @@ def _write_parquet(path: Path, candidates: Sequence[Candidate]) -> None:
     from datasets import Image as Picture
 
     text, number = Value("string"), Value("int64")
-    medium: dict[str, Any] = {"text": text} if isinstance(candidates[0].medium, Text) else {"image": Picture()}
+    is_text = isinstance(candidates[0].medium, Text)
+    medium: dict[str, Any] = {"text": text} if is_text else {"image": Picture()}
     schema = Features(
         **{"id": text, "prompt": text, **medium, "model": text, "seed": number},
         **{"parameters": text, "user": text, "condition": List(Picture()), "number": number},
@@ -195,7 +195,6 @@ def _write_parquet(path: Path, candidates: Sequence[Candidate]) -> None:
             rows = []
             for one in candidates[start : start + GROUP_ROWS]:
                 shown = one.condition and [{"bytes": encoded(picture), "path": None} for picture in one.condition]
-                is_text = isinstance(one.medium, Text)
                 made = str(one.medium) if is_text else {"bytes": encoded(one.medium), "path": f"{one.id}.png"}
                 rows.append({**_plain(one), "condition": shown, "text" if is_text else "image": made})
             writer.write_table(pa.Table.from_pylist(rows, schema))
@@ -230,13 +229,6 @@ def _parts(folder: Path) -> list[Path]:
     return [path for path in found if path.suffix == ".parquet" or (path / METADATA).is_file()]
 
 
-def _some_parts(folder: str | Path) -> list[Path]:
-    parts = _parts(Path(folder))
-    if not parts:
-        raise UserError(f"{folder}: holds no candidates; make them with mmalign generate.")
-    return parts
-
-
 def _rows(part: Path, columns: list[str] | None, batch: int) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -260,18 +252,7 @@ def _candidate(row: dict[str, Any], part: Path) -> Candidate:
         medium: Any = Text(row["text"])
     else:
         medium = row["image"]["bytes"] if "image" in row else part / row["file_name"]
-    if part.suffix == ".parquet":
-        shown = [picture["bytes"] for picture in row["condition"] or ()]
-    else:
-        shown = [part / name for name in row.get("condition_file_names", ())]
-    return Candidate(
-        id=row["id"],
-        prompt=row["prompt"],
-        medium=medium,
-        model=row["model"],
-        seed=row["seed"],
-        parameters=json.loads(row["parameters"]),
-        user=row["user"],
-        condition=tuple(shown) or None,
-        number=row["number"],
-    )
+    shown = [picture["bytes"] for picture in row.get("condition") or ()]
+    shown += [part / name for name in row.get("condition_file_names", ())]
+    same = {name: row[name] for name in SAME}
+    return Candidate(**same, medium=medium, parameters=json.loads(row["parameters"]), condition=tuple(shown) or None)

@@ -11,11 +11,11 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mmalign.data.batch_size import BatchSize
 from mmalign.data.candidates import LAYOUTS, Candidate, candidate_id, candidate_ids, contents_of, note, write_part
@@ -62,16 +62,6 @@ class Processes:
     rank: int = 0
     world: int = 1
     barrier: Callable[[], None] = lambda: None
-
-
-class Job(NamedTuple):
-    """One candidate to be made."""
-
-    id: str
-    number: int
-    prompt: Prompt
-    seed: int
-    parameters: dict[str, Any]
 
 
 def candidate_seed(seed: int, prompt: str, k: int) -> int:
@@ -130,7 +120,8 @@ def generate(
         there = set(candidate_ids(folder))
         processes.barrier()  # nobody writes before everybody has looked, so all see the same work
         for model in models:
-            missing = sum(1 for _ in _jobs(unique, model.label, about[model.label], num, seed, there))
+            wanted = partial(_missing, unique, model.label, about[model.label], num, seed, there)
+            missing = sum(1 for _ in wanted())
             counts["made"] += missing
             counts["there"] += len(unique) * num - missing
             own = len(range(processes.rank, missing, processes.world))
@@ -138,15 +129,10 @@ def generate(
                 modality = _loaded(model, given)
                 if processes.rank == 0:
                     note(folder, {**(facts or {}), "prompts": len(unique), "num": num, "seed": seed, "models": about})
-                jobs = islice(
-                    _jobs(unique, model.label, about[model.label], num, seed, there),
-                    processes.rank,
-                    None,
-                    processes.world,
-                )
+                jobs = islice(wanted(), processes.rank, None, processes.world)
                 batches = _batches(modality, model, jobs, given, BatchSize(modality.device, batch_size, PART))
                 with stage(f"Candidates of {model.label}", own) as advance:
-                    _keep(folder, model.label, batches, layout, advance)
+                    _keep(folder, batches, layout, advance)
                 del modality, batches  # before the next model is loaded
                 _let_go()
         processes.barrier()
@@ -179,22 +165,23 @@ def _unique(prompts: Sequence[Prompt | str]) -> list[tuple[int, Prompt, list[str
     return unique
 
 
-def _jobs(
+def _missing(
     unique: Iterable[tuple[int, Prompt, list[str]]],
     label: str,
     shared: dict[str, Any],
     num: int,
     seed: int,
     there: set[str],
-) -> Iterator[Job]:
-    """What a model has to make and is not there, prompt by prompt."""
+) -> Iterator[Candidate]:
+    """What a model has to make and is not there, prompt by prompt, still without media."""
     for number, prompt, contents in unique:
+        shown = prompt.images or None
         parameters = shared if prompt.user is None else {**shared, "user": prompt.user}  # each user has their own
         for k in range(num):
             own = candidate_seed(seed, prompt.text, k)
             name = candidate_id(prompt.text, contents, label, own, parameters)
             if name not in there:
-                yield Job(name, number, prompt, own, parameters)
+                yield Candidate(name, prompt.text, None, label, own, parameters, prompt.user, shown, number)
 
 
 @contextmanager
@@ -223,19 +210,13 @@ def _accepted(modality: Any) -> set[str]:
     return set(inspect.signature(modality.generate).parameters)
 
 
-def _keep(
-    folder: Path,
-    label: str,
-    batches: Iterator[tuple[list[Job], list[Any]]],
-    layout: str,
-    advance: Callable[[int], None],
-) -> None:
+def _keep(folder: Path, batches: Iterator[list[Candidate]], layout: str, advance: Callable[[int], None]) -> None:
     """Writes what is made in parts; an interruption keeps what was finished."""
     made: list[Candidate] = []
     since = time.monotonic()
     try:
-        for batch, media in batches:
-            made += [_candidate(job, medium, label) for job, medium in zip(batch, media, strict=True)]
+        for batch in batches:
+            made += batch
             while len(made) >= PART or (made and time.monotonic() - since > SAVE_SECONDS):
                 write_part(folder, made[:PART], layout)
                 made, since = made[PART:], time.monotonic()
@@ -245,46 +226,38 @@ def _keep(
             write_part(folder, made, layout)
 
 
-def _candidate(job: Job, medium: Any, label: str) -> Candidate:
-    prompt = job.prompt
-    shown = prompt.images or None
-    return Candidate(job.id, prompt.text, medium, label, job.seed, job.parameters, prompt.user, shown, job.number)
-
-
 def _batches(
-    modality: Any, model: Model, jobs: Iterator[Job], settings: Mapping[str, Any], size: BatchSize
-) -> Iterator[tuple[list[Job], list[Any]]]:
-    """Batches of jobs with their media, in order; a batch that does not fit into memory is made in smaller ones."""
+    modality: Any, model: Model, jobs: Iterator[Candidate], settings: Mapping[str, Any], size: BatchSize
+) -> Iterator[list[Candidate]]:
+    """Candidates with their media, in order; a batch that does not fit into memory is made in smaller ones."""
     known = _accepted(modality)
-    waiting: list[Job] = []
+    waiting: list[Candidate] = []
     while waiting := waiting + list(islice(jobs, max(0, size.now - len(waiting)))):
         batch = waiting[: size.now]
-        told: dict[str, Any] = {
-            **model.settings,
-            **settings,
-            **({"batch_size": len(batch)} if "batch_size" in known else {}),
-        }
-        if any(job.prompt.images for job in batch):
+        told = {**model.settings, **settings}
+        if "batch_size" in known:
+            told["batch_size"] = len(batch)
+        if any(job.condition for job in batch):
             if "images" not in known:
                 raise UserError(
                     f"{model.label}: takes no input pictures, but prompts have images; take the column out."
                 )
-            told["images"] = [[open_image(one) for one in job.prompt.images] for job in batch]
+            told["images"] = [[open_image(one) for one in job.condition or ()] for job in batch]
         media = size.run(len(batch), partial(_attempt, modality, batch, told))
         if media is None:
             _let_go()
             size.shrink(model.label)
             continue
         waiting = waiting[len(batch) :]
-        yield batch, media
+        yield [replace(job, medium=medium) for job, medium in zip(batch, media, strict=True)]
 
 
-def _attempt(modality: Any, batch: Sequence[Job], told: Mapping[str, Any]) -> list[Any] | None:
+def _attempt(modality: Any, batch: Sequence[Candidate], told: Mapping[str, Any]) -> list[Any] | None:
     """The media of a batch, or None if memory ran out; by then the error no longer holds on to any."""
     import torch
 
     try:
-        return modality.generate([job.prompt.text for job in batch], seeds=[job.seed for job in batch], **told)
+        return modality.generate([job.prompt for job in batch], seeds=[job.seed for job in batch], **told)
     except torch.OutOfMemoryError:
         return None
 
