@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +42,10 @@ def read_table(source: str, split: str, limit: int | None = None, fraction: floa
         elif (path / "state.json").is_file():  # what save_to_disk writes
             data = datasets.load_from_disk(source)
         elif (path / "dataset_dict.json").is_file():
-            data = _split_of(datasets.load_from_disk(source), split, source)
+            parts = datasets.load_from_disk(source)
+            if split not in parts:
+                raise _no_split(source, split, parts)
+            data = parts[split]
         else:
             return _built(source, split, limit, fraction)
         table = data.data.table
@@ -51,10 +56,8 @@ def read_table(source: str, split: str, limit: int | None = None, fraction: floa
         raise UserError(f"{source} (split {split}): {known} ({reason}); check the name.") from error
 
 
-def _split_of(parts: Any, split: str, source: str) -> Any:
-    if split not in parts:
-        raise UserError(f"{source}: has no split {split!r}, but {', '.join(sorted(parts))}; choose one of these.")
-    return parts[split]
+def _no_split(source: str, split: str, there: Iterable[str]) -> UserError:
+    return UserError(f"{source}: has no split {split!r}, but {', '.join(sorted(there))}; choose one of these.")
 
 
 def _built(source: str, split: str, limit: int | None, fraction: float | None) -> "pa.Table":
@@ -75,20 +78,14 @@ def _built(source: str, split: str, limit: int | None, fraction: float | None) -
         return datasets.load_dataset(*named, split=split).data.table
     builder = datasets.load_dataset_builder(*named)
     if fraction is not None:
-        limit = share(_published(builder, split, files, source), limit, fraction)
+        published = getattr((builder.info.splits or {}).get(split), "num_examples", None)
+        count = sum(pq.read_metadata(file).num_rows for file in files) if files else published
+        if not count:
+            raise UserError(
+                f"{source}: does not publish how many rows split {split} has; give a number of rows instead."
+            )
+        limit = share(count, limit, fraction)
     return _first(builder, split, limit)
-
-
-def _published(builder: Any, split: str, files: list[str], source: str) -> int:
-    """The number of rows of a split, without reading it."""
-    import pyarrow.parquet as pq
-
-    if files:
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    count = getattr((builder.info.splits or {}).get(split), "num_examples", None)
-    if not count:
-        raise UserError(f"{source}: does not publish how many rows split {split} has; give a number of rows instead.")
-    return count
 
 
 def _first(builder: Any, split: str, count: int) -> "pa.Table":
@@ -100,11 +97,12 @@ def _first(builder: Any, split: str, count: int) -> "pa.Table":
     if not path.is_file():
         stream = builder.as_streaming_dataset(split=split).with_format("arrow")
         rows = islice(stream, count)  # take() opens one file more to learn that it is done
-        table = pa.concat_tables(list(islice(rows, STREAM_ROWS)))
-        with atomic_file(path) as temp, pa.ipc.new_stream(temp, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
-            while group := list(islice(rows, STREAM_ROWS)):
-                writer.write_table(pa.concat_tables(group).cast(table.schema).combine_chunks())
+        group = list(islice(rows, STREAM_ROWS))
+        schema = pa.concat_tables(group).schema
+        with atomic_file(path) as temp, pa.ipc.new_stream(temp, schema) as writer:
+            while group:
+                writer.write_table(pa.concat_tables(group).cast(schema).combine_chunks())
+                group = list(islice(rows, STREAM_ROWS))
     return datasets.Dataset.from_file(str(path)).data.table
 
 
@@ -118,12 +116,10 @@ def _parquet_files(path: Path, split: str) -> list[str]:
     if path.is_file():
         return [str(path)]
 
-    def split_of(file: Path) -> str:
+    found = defaultdict(list)
+    for file in files:
         words = [*file.relative_to(path).parent.parts, re.split(r"[-_.]", file.stem)[0]]
-        return next((word for word in words if word in SPLITS), split)
-
-    found = [str(file) for file in files if split_of(file) == split]
-    if not found:
-        there = ", ".join(sorted({split_of(file) for file in files}))
-        raise UserError(f"{path}: has no split {split!r}, but {there}; choose one of these.")
-    return found
+        found[next((word for word in words if word in SPLITS), split)].append(str(file))
+    if split not in found:
+        raise _no_split(str(path), split, found)
+    return found[split]
