@@ -1,8 +1,9 @@
 """Media made worse on purpose: rejected videos, sounds and pictures for preference data without people.
 
 Every function is pure and a function of `(seed, key)`, where the key tells an item from the others (its id, or its
-place). What comes back is never what went in; None says that there is nothing to perturb. Sequences are perturbed as
-indices, so that they serve tensors, lists and paths alike and permutations can be undone. Text: see perturb_text.py.
+place). What comes back is never what went in; None says that there is nothing to perturb, a ValueError that it cannot
+be: fewer than two things, or a number out of range. Sequences are perturbed as indices, so that they serve tensors,
+lists and paths alike and permutations can be undone. Text: see perturb_text.py.
 
 Sources: drop, reverse and shuffle with their magnitudes as in TEMPLE (lscpku/TEMPLE @ 12701f4,
 inference/generator_base.py:41-140); hidden image tokens as in BDHS (arXiv 2407.02477), which has no published code.
@@ -36,25 +37,17 @@ def keyed(stream: str, seed: int, key: Key) -> np.random.Generator:
 
 
 def shuffled(count: int, seed: int, key: Key, magnitude: int | None = None) -> list[int]:
-    """The indices of `count` things in another order; runs of count // magnitude stay together (default: single ones).
-
-    Raises:
-        ValueError: fewer than two things, or a magnitude under 2.
-    """
+    """The indices of `count` things in another order; runs of count // magnitude (default: 1) stay together."""
     runs = _runs(count, magnitude)
     draw = keyed("shuffled", seed, key)
-    order = np.arange(len(runs))
-    while (order == np.arange(len(runs))).all():
-        order = draw.permutation(len(runs))
+    order = list(range(len(runs)))
+    while order == sorted(order):
+        order = draw.permutation(len(runs)).tolist()
     return [index for run in order for index in runs[run]]
 
 
 def reversed_order(count: int, magnitude: int | None = None) -> list[int]:
-    """The indices of `count` things backwards, by runs of count // magnitude that keep their order.
-
-    Raises:
-        ValueError: fewer than two things, or a magnitude under 2.
-    """
+    """The indices of `count` things backwards, by runs of count // magnitude that keep their order."""
     return [index for run in reversed(_runs(count, magnitude)) for index in run]
 
 
@@ -69,18 +62,9 @@ def kept(
 ) -> list[int]:
     """The indices that are left when max(1, count // magnitude) of `count` things are kept, in their order.
 
-    What a smaller magnitude drops, a larger one drops as well.
-
-    Args:
-        count: Things, two or more.
-        magnitude: 2 or more.
-        seed: Of the draw.
-        key: Of the item.
-        groups: [count] ids, such as scenes: a group is dropped as a whole before the next one is begun.
-        similarity: [count, count], 0 or more: what is like those that are gone goes next.
-
-    Raises:
-        ValueError: fewer than two things, or a magnitude under 2.
+    What a smaller magnitude drops, a larger one drops as well. Given groups ([count] ids, such as scenes), one is
+    dropped as a whole before the next is begun; given similarity ([count, count], 0 or more), what is like those that
+    are gone goes next.
     """
     _runs(count, magnitude)
     draw = keyed("kept", seed, key)
@@ -140,9 +124,6 @@ def hidden(count: int, ratio: float, seed: int, key: Key) -> np.ndarray:
     """Which of `count` image tokens, patches or frames are hidden: [count] bool, round(ratio · count) of them true.
 
     At least one is hidden; ratio 1 is no picture at all. What a smaller ratio hides, a larger one hides as well.
-
-    Raises:
-        ValueError: nothing to hide, or a ratio outside (0, 1].
     """
     if count < 1 or not 0 < ratio <= 1:
         raise ValueError(f"{count} tokens with ratio {ratio}: needs 1 or more, and a ratio above 0 and up to 1")
@@ -156,19 +137,9 @@ def perturb_sound(
 ) -> tuple[Any, list[int]] | None:
     """A sound whose events are in another order, backwards event by event, or one fewer.
 
-    Args:
-        waveform: [channels, samples], array or tensor.
-        sample_rate_hz: Samples a second.
-        boundaries: Seconds at which one event ends and the next begins, rising, inside the sound.
-        how: "shuffle", "reverse" (the events' order; each is played forwards) or "drop" (one of them).
-        seed: Of the draw.
-        key: Of the item.
-
-    Returns:
-        The waveform, and the segments' indices in it; None where all segments sound alike.
-
-    Raises:
-        ValueError: no boundaries, or boundaries that do not rise inside the sound.
+    The waveform is [channels, samples], array or tensor; the boundaries are the seconds at which one event ends and the
+    next begins, rising, inside the sound; `how` is "shuffle", "reverse" (the events' order; each is played forwards) or
+    "drop" (one of them). Gives the waveform and the segments' indices in it; None where all segments sound alike.
     """
     samples = waveform.shape[-1]
     edges = [0, *(round(second * sample_rate_hz) for second in boundaries), samples]
@@ -198,17 +169,10 @@ def comparison(
     condition: Sequence[Any] | None = None,
     user: str | None = None,
 ) -> Comparison:
-    """A pair whose rejected medium was made worse; its id is a function of prompt, `how`, seed and key.
+    """A pair whose rejected medium was made from the chosen one, or for a perturbed input.
 
-    Args:
-        prompt: Of both.
-        chosen: The medium as it was.
-        rejected: The medium made from it, or for a perturbed input.
-        how: The perturbation's name, such as "reorder_events"; kept with seed and key as the rejected one's source.
-        seed: Of the perturbation.
-        key: Of the item.
-        condition: Input pictures of both.
-        user: Whose pair it is.
+    Its id is a function of prompt, `how` (the perturbation's name, such as "reorder_events"), seed and key; the last
+    three are the rejected one's source.
     """
     source = f"{how} seed {seed} key {key}"
     name = hashlib.sha256("\0".join((prompt, source)).encode()).hexdigest()[:24]

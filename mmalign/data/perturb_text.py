@@ -20,7 +20,8 @@ _AN = re.compile(r"(?!uni|use|eu|one\b|once|ubi)[aeiou]|hour|honest|heir|honou?r
 
 def events(caption: str) -> list[str]:
     """What happens in a caption, in its order: its parts between "then", "followed by", "after", "while" and commas."""
-    return [part for part in _parts(caption, ordered=False)[0][::2] if part]
+    parts, slots, _ = _parts(caption, ordered=False)
+    return [parts[slot] for slot in slots]
 
 
 def reorder_events(caption: str, seed: int, key: Key) -> str | None:
@@ -28,8 +29,7 @@ def reorder_events(caption: str, seed: int, key: Key) -> str | None:
 
     What "while" joins happens at once, so it stays together.
     """
-    parts, end = _parts(caption, ordered=True)
-    slots = [place for place, part in enumerate(parts) if place % 2 == 0 and part]
+    parts, slots, end = _parts(caption, ordered=True)
     found = [parts[slot] for slot in slots]
     if len({text.casefold() for text in found}) < 2:
         return None
@@ -45,11 +45,12 @@ def reorder_events(caption: str, seed: int, key: Key) -> str | None:
 
 def drop_event(caption: str, seed: int, key: Key) -> str | None:
     """A caption without one of its events; None where it has fewer than two."""
-    parts, end = _parts(caption, ordered=False)
-    if len(events(caption)) < 2:
+    parts, slots, end = _parts(caption, ordered=False)
+    if len(slots) < 2:
         return None
-    parts = _without_empty(parts)
-    gone = int(keyed("drop_event", seed, key).integers(len(parts) // 2 + 1))
+    # events of no text, as before a leading "After", go with the connective beside them
+    parts = [part for slot in slots for part in parts[max(slot - 1, 0) : slot + 1]][slots[0] > 0 :]
+    gone = int(keyed("drop_event", seed, key).integers(len(slots)))
     del parts[slice(0, 2) if gone == 0 else slice(2 * gone - 1, 2 * gone + 1)]
     return _sentence(parts, end, caption)
 
@@ -59,10 +60,9 @@ def swap_event(caption: str, other: str, seed: int, key: Key) -> str | None:
 
     Also None where the other caption has no event of its own.
     """
-    parts, end = _parts(caption, ordered=False)
-    known = {text.casefold() for text in events(caption)}
+    parts, slots, end = _parts(caption, ordered=False)
+    known = {parts[slot].casefold() for slot in slots}
     new = [text for text in events(other) if text.casefold() not in known]
-    slots = [place for place, part in enumerate(parts) if place % 2 == 0 and part]
     if len(slots) < 2 or not new:
         return None
     draw = keyed("swap_event", seed, key)
@@ -70,24 +70,18 @@ def swap_event(caption: str, other: str, seed: int, key: Key) -> str | None:
     return _sentence(parts, end, caption)
 
 
-def _parts(caption: str, *, ordered: bool) -> tuple[list[str], str]:
-    """Event, connective, event …, and the mark that ends the sentence; the first event as inside a sentence."""
+def _parts(caption: str, *, ordered: bool) -> tuple[list[str], list[int], str]:
+    """Event, connective, event …, the places of events with text, and the mark that ends the sentence.
+
+    The first event is as inside a sentence.
+    """
     text = caption.strip()
     body = text.rstrip(".!")
     parts = _SPLIT[ordered].split(body)
     word = parts[0].partition(" ")[0]
     if word == "A" or word[1:].islower():  # "TV" and "I" stay as they are
         parts[0] = parts[0][:1].lower() + parts[0][1:]
-    return parts, text[len(body) :]
-
-
-def _without_empty(parts: list[str]) -> list[str]:
-    """Without events of no text, as before a leading "After", and the connective beside them."""
-    kept: list[str] = []
-    for place in range(0, len(parts), 2):
-        if parts[place]:
-            kept += [*([parts[place - 1]] if kept else []), parts[place]]
-    return kept
+    return parts, [place for place in range(0, len(parts), 2) if parts[place]], text[len(body) :]
 
 
 def _sentence(parts: Sequence[str], end: str, caption: str) -> str:
