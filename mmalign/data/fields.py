@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmalign.data.rows import Beside
 from mmalign.records import Sound, Text, UserError, Video
+from mmalign.scoring.ensemble import win_shares
 
 SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a"}
 VIDEOS = {".mp4", ".webm", ".mov", ".avi", ".mkv"}
 SOUND_MARKS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3")  # how such files begin; see also _kind
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+wins = win_shares  # as the layouts call it
 
 
 def need(row: Mapping, name: str, kind: type = str) -> Any:
@@ -25,18 +26,6 @@ def need(row: Mapping, name: str, kind: type = str) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"field {name} is missing or is no {kind.__name__}; add it.")
     return value
-
-
-def wins(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """[K] the share of its comparisons that each candidate wins, given [S][K] scores; a tie counts for nobody.
-
-    Syn-Pic's phi = C / (S (K - 1)), arXiv 2410.18013 algorithm 1.
-    """
-    values = np.asarray(scores, float)
-    if values.ndim != 2 or values.shape[1] < 2 or not np.isfinite(values).all():
-        raise UserError(f"the scores {scores} are no lists of two or more finite numbers, each as long; mend them.")
-    won = (values[:, :, None] > values[:, None, :]).sum(axis=(0, 2))
-    return tuple((won / (len(values) * (values.shape[1] - 1))).tolist())
 
 
 def medium_of(value: Any, beside: Beside) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmalign.records import Comparison, UserError
+from mmalign.scoring.ensemble import win_shares
 
 
 def best_worst(
@@ -99,16 +100,6 @@ def all_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
     """Every two places, the better first; K (K - 1) / 2 of them."""
     places = range(len(scores))
     return [(i, j) if scores[i] >= scores[j] else (j, i) for i in places for j in places[i + 1 :]]
-
-
-def win_shares(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """[K] the share of comparisons that each of K candidates won, from the scores [S][K] of S scorers.
-
-    phi = C / (S (K - 1)), with C the candidates that one beats, summed over the scorers; a tie counts for nobody
-    (Syn-Pic, arXiv 2410.18013 algorithm 1). It is in [0, 1], what RankDPO takes for its gains.
-    """
-    k = len(scores[0])
-    return tuple(sum(s[i] > other for s in scores for other in s) / (len(scores) * (k - 1)) for i in range(k))
 
 
 def margin(scores: Sequence[float]) -> float:
