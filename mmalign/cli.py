@@ -22,6 +22,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
   user make|blend       a user's embedding from four pairs; a taste between two users
   score PATH            score pictures, tables, candidates or comparisons
+  annotate PATH         have a vision-language model judge pictures in four aspects
   pairs SCORED          preference data of what was scored
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers               list the bundled scorers
@@ -220,6 +221,38 @@ def score(
     score_media(paths, scorer or ("embedded-hps",), prompt, output, aspects=aspects, num_workers=num_workers)
 
 
+def annotate(
+    path: str,
+    model: str | None = None,
+    output: str | None = None,
+    prompt: str | None = None,
+    pairwise: bool = False,
+    aspects: tuple[str, ...] = (),
+    replay: str | None = None,
+    retries: int = 2,
+    limit: int | None = None,
+) -> None:
+    """Has a vision-language model judge pictures (VisionPrefer); call it again to go on where it was stopped.
+
+    Its answers are kept in answers.jsonl beside the output; mmalign pairs takes the output.
+
+    Args:
+        path: what mmalign score takes, of pictures.
+        model: a vision-language model with a chat template: folder or hub id.
+        output: .parquet; default scores.parquet where mmalign score puts it.
+        prompt: for all pictures; else a picture's prompt is in its row, or in the text file beside it (fox.txt).
+        pairwise: compare every two pictures of a prompt, in both orders, instead of rating each from 1 to 5.
+        aspects: prompt-following, aesthetic, fidelity or harmlessness; once or more; default all.
+        replay: answers.jsonl of a former run, instead of a model.
+        retries: how often a question is asked again when its answer cannot be read.
+        limit: take the first so many rows; with --pairwise, prompts.
+    """
+    from mmalign.commands import annotate_media
+
+    settings = {"pairwise": pairwise, "aspects": aspects, "retries": retries, "limit": limit}
+    annotate_media(path, model, prompt, output=output, replay=replay, **settings)
+
+
 def pairs(
     scored: str,
     output_dir: str = "pairs",
@@ -306,6 +339,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "compare": compare,
     "score": score,
+    "annotate": annotate,
     "pairs": pairs,
     "scorers": scorers,
     "demo": demo,

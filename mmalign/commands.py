@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mmalign
 from mmalign.console import stage, table
 from mmalign.records import UserError
+from mmalign.storage import sha256
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from mmalign.data.prompts import Prompt
 
 SHOWN_ROWS = 50  # of the scores, one by one; more are summed up
+ANSWER_TOKENS = 512  # of an annotator: four reasons of two sentences, and some
 
 
 def quiet_libraries() -> None:
@@ -320,6 +323,55 @@ def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float
     print(f"{count - failed} scored, {failed} not scored; all rows are in {target}. {count / seconds:.1f} rows/s")
     if failed == count:
         raise UserError(f"{path}: none of its media could be scored.")
+
+
+def annotate_media(path: str, model: str | None, prompt: str | None, **settings: Any) -> None:
+    """What `mmalign annotate` does; `settings` are those of `mmalign.data.annotate.annotate`.
+
+    Raises:
+        UserError: both or neither of model and replay, several processes, or no picture could be annotated.
+    """
+    import functools
+
+    import datasets
+
+    from mmalign.data.annotate import annotate
+    from mmalign.data.media import open_source, read_header
+    from mmalign.data.score import summary
+    from mmalign.scoring.chat import Chat
+
+    datasets.disable_progress_bars()
+    if model:
+        quiet_libraries()
+    if (model is None) == (settings["replay"] is None):
+        raise UserError("mmalign annotate asks a --model (folder or hub id), or takes --replay FILE; give one of them.")
+    processes = this_process()
+    if processes.num_processes > 1:
+        raise UserError("mmalign annotate is for one process; start it without accelerate launch.")
+    source, load = open_source(path, prompt), functools.cache(Chat.load)  # loaded when something is to be asked
+    ask = model and (lambda contents: load(model, processes.device).answer(contents, max_new_tokens=ANSWER_TOKENS))
+    with stage("Annotations", min(source.total, settings["limit"] or source.total)) as advance:
+        target, counts = annotate(source, ask, model and _identity(model), advance=advance, **settings)
+    rows = [
+        [name, label or "all", f"{n:,}", *("" if value is None else f"{value:.4f}" for value in values)]
+        for label, found in summary(target, ["vlm", *read_header(target)["aspects"]]).items()
+        for name, (n, *values) in found.items()
+    ]
+    table("Annotations", ["aspect", "model", "n", "mean", "min", "max"], rows)
+    print(f"{counts['annotated']} annotated, {counts['listed']} not (see column error); all rows are in {target}.")
+    print(f"{counts['unreadable']} of {counts['answers']} answers could not be read.")
+    if settings["pairwise"]:
+        print(f"{counts['disagreements']} of {counts['verdicts']} verdicts differed between the orders: ties.")
+    if not counts["annotated"]:
+        raise UserError(f"{path}: none of its pictures could be annotated; column error of {target} says why.")
+
+
+def _identity(model: str) -> str:
+    """A folder's name with a hash of its weights, so that other weights are asked anew; a hub id as it is."""
+    if not Path(model).is_dir():
+        return model
+    hashes = [sha256(file) for file in sorted(Path(model).glob("*.safetensors"))]
+    return f"{Path(model).resolve().name}@{hashlib.sha256(''.join(hashes).encode()).hexdigest()[:12]}"
 
 
 def make_pairs(scored: str, output_dir: str, rule: Any, **settings: Any) -> None:

@@ -1,0 +1,63 @@
+"""`mmalign annotate` as a user meets it, on a tiny Qwen2-VL."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from mmalign.cli import main
+from mmalign.data.annotate import ANSWERS, ASPECTS
+from mmalign.data.importers import read_comparisons
+from mmalign.data.media import read_header
+from tests.conftest import picture
+from tests.test_cli import refused
+from tests.tiny import tiny_vlm
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Two prompts with two pictures each."""
+    for n in range(4):
+        picture(n).save(tmp_path / f"{n}.png")
+    rows = [{"prompt": f"p{n // 2}", "file_name": f"{n}.png", "model": "m"} for n in range(4)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "t.jsonl"
+
+
+def test_a_model_that_cannot_judge_is_recorded_and_its_record_replayed(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mmalign.commands.ANSWER_TOKENS", 8)
+    model = tiny_vlm(tmp_path / "vlm")
+    capsys.readouterr()  # the bar of saving it
+    said = refused(capsys, "annotate", table, "--model", model, "--retries", "1")
+    assert "none of its pictures could be annotated" in said
+    rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert len(rows) == 4
+    assert all("the model's answer cannot be read: " in row["error"] for row in rows)
+    recorded = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
+    assert len(recorded) == 8
+    assert {row["model"].split("@")[0] for row in recorded} == {"vlm"}
+    judged = tmp_path / "judged.jsonl"
+    for n, row in enumerate(recorded):  # as if it had known what to say
+        row["answer"] = json.dumps({name: {"reason": "seen", "rating": 1 + n % 4} for name in ASPECTS})
+    judged.write_text("".join(json.dumps(row) + "\n" for row in recorded))
+    main(["annotate", str(table), "--replay", str(judged)])
+    said = capsys.readouterr().out
+    assert "4 annotated, 0 not" in said
+    assert "0 of 4 answers could not be read" in said
+    assert read_header(tmp_path / "scores.parquet")["scorers"]["vlm"]["model"] == recorded[0]["model"]
+    main(["pairs", str(table), "--output-dir", str(tmp_path / "pairs")])
+    items = list(read_comparisons(str(tmp_path / "pairs")).comparisons)
+    assert [item.score for item in items] == [(2, 1), (4, 3)]
+    assert items[0].aspects["harmlessness"] == (2, 1)
+
+
+def test_wrong_input_is_one_sentence(table, tmp_path, capsys):
+    assert "give one of them" in refused(capsys, "annotate", table)
+    assert "give one of them" in refused(capsys, "annotate", table, "--model", "m", "--replay", "r")
+    assert "no such" in refused(capsys, "annotate", tmp_path / "nothing", "--model", "m")
+    assert "cannot be loaded" in refused(capsys, "annotate", table, "--model", tmp_path)
+    assert "did you mean --replay?" in refused(capsys, "annotate", table, "--repay", "r")
+    assert "did you mean 'fidelity'" in refused(capsys, "annotate", table, "--model", "m", "--aspects", "fidelty")
+    (tmp_path / "r.jsonl").write_text("nothing\n")
+    assert "line 1" in refused(capsys, "annotate", table, "--replay", tmp_path / "r.jsonl")
+    assert not (tmp_path / "scores.parquet").exists()
