@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmalign.data.label import extremes
 from mmalign.data.scored import Scored
 from mmalign.records import Comparison, Text, UserError, open_image
 from mmalign.storage import atomic_file, write_json
 
 BINS = 40
 SIDE = 256  # pixels of a sample picture
+SCORER = "| {} | {n:,} | {mean:.4g} | {std:.4g} | {min:.4g} | {max:.4g} |"
 
 
 def write_card(folder: Path, data: Scored, rule: Any, made: Any) -> dict[str, Any]:
@@ -99,22 +101,16 @@ def _plot(path: Path, histograms: dict[str, dict[str, Any]]) -> None:
 
 def _grid(items: Sequence[Comparison]) -> Image.Image | None:
     """A row a comparison, its best medium left and its worst right; None without pictures."""
-    rows = []
-    for item in items:
-        order = sorted(range(len(item.media)), key=lambda n: item.score[n])
-        try:
-            rows.append([open_image(item.media[n]) for n in (order[-1], order[0])])
-        except UserError:  # a sound or a video
-            return None
-    if not rows:
+    try:
+        rows = [[open_image(item.media[n]) for n in extremes(item.score)] for item in items]
+    except UserError:  # a sound or a video
         return None
     grid = Image.new("RGB", (2 * SIDE, len(rows) * SIDE), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            picture = ImageOps.contain(picture, (SIDE - 8, SIDE - 8))
-            left, top = (SIDE - picture.width) // 2, (SIDE - picture.height) // 2
-            grid.paste(picture, (x * SIDE + left, y * SIDE + top))
-    return grid
+            shown = ImageOps.pad(picture, (SIDE - 8, SIDE - 8), color="white")
+            grid.paste(shown, (x * SIDE + 4, y * SIDE + 4))
+    return grid if rows else None
 
 
 def _page(card: dict[str, Any], samples: Sequence[Comparison], has_grid: bool) -> str:
@@ -141,12 +137,7 @@ def _page(card: dict[str, Any], samples: Sequence[Comparison], has_grid: bool) -
         "",
         "| scorer | n | mean | std | min | max |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        *(
-            f"| {name} | {row['n']:,} | "
-            + " | ".join(f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
-            + " |"
-            for name, row in card["scores"].items()
-        ),
+        *(SCORER.format(name, **row) for name, row in card["scores"].items()),
         "",
         "![Histograms of the scores](scores.png)",
         "",
@@ -158,8 +149,7 @@ def _page(card: dict[str, Any], samples: Sequence[Comparison], has_grid: bool) -
         "",
     ]
     for item in samples:
-        order = sorted(range(len(item.media)), key=lambda n: -item.score[n])
-        lines.append(f"- {item.prompt}: " + " against ".join(f"{item.score[n]:.4g}" for n in (order[0], order[-1])))
+        lines.append(f"- {item.prompt}: " + " against ".join(f"{item.score[n]:.4g}" for n in extremes(item.score)))
         if isinstance(item.media[0], Text):
-            lines += [f"  - {item.media[n]}" for n in (order[0], order[-1])]
+            lines += [f"  - {item.media[n]}" for n in extremes(item.score)]
     return "\n".join([*lines, "", *(["![Samples](samples.png)", ""] if has_grid else [])])

@@ -3,11 +3,13 @@
 import csv
 import hashlib
 import heapq
+import shutil
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def make_pairs(
             write_comparisons(folder, found, layout=layout)
         if made.disagreements:
             with atomic_file(folder / DISAGREEMENTS) as temp:
-                temp.write_bytes((Path(work) / DISAGREEMENTS).read_bytes())
+                shutil.copyfile(listing.name, temp)
         write_card(folder, data, rule, made)
     return made
 
@@ -155,18 +157,18 @@ class _Maker:
             row = data.ask(f"SELECT {told} FROM {{rows}} WHERE {usable}")[0]
             self.scale = [(row[n] or 0.0, row[n + 1] or 1.0) for n in range(0, len(row), 2)]  # 1: all the same
 
-    def weak(self) -> np.ndarray | None:
-        """[P] which of the pairs that pass the other rules `drop_fraction` leaves out; a pass of its own."""
+    def weak(self) -> Iterator[bool]:
+        """Which of the pairs that pass the other rules `drop_fraction` leaves out; a pass of its own."""
         if not self.rule.drop_fraction:
-            return None
+            return repeat(False)
         margins, nobody = array("d"), Made()
         for group in self.data.groups():
             margins.extend(margin(values) for _, values in self.chosen(self.usable(group, nobody), nobody, None))
-        return weakest(np.frombuffer(margins), self.rule.drop_fraction)
+        return iter(weakest(np.frombuffer(margins), self.rule.drop_fraction))
 
-    def comparisons(self, weak: np.ndarray | None, listing: Any, advance: Callable[[int], Any]) -> Iterator[Comparison]:
+    def comparisons(self, weak: Iterator[bool], listing: Any, advance: Callable[[int], Any]) -> Iterator[Comparison]:
         """Every comparison that is kept; the last thing is an error if there was none."""
-        made, place = self.made, 0
+        made = self.made
         listing.writerow(["id", "prompt", "human", "scores"])
         seen: set[tuple] = set()
         prompt = None
@@ -177,8 +179,7 @@ class _Maker:
             rows = self.usable(group, made)
             labels = _labels(rows)
             for places, values in self.chosen(rows, made, listing):
-                place += 1
-                if weak is not None and weak[place - 1]:
+                if next(weak):
                     made.pairs["dropped"] += 1
                     continue
                 item = self.comparison([rows[n] for n in places], values, [labels[n] for n in places], seen)
@@ -259,16 +260,8 @@ class _Maker:
         first = rows[0]
         own = [first["id"], *(str(row["member"]) for row in rows)] if first["member"] is not None else []
         key = [word for word in (first["user"], first["cond"], *own) if word]
-        return comparison(
-            first["prompt"],
-            media,
-            values,
-            labels,
-            key,
-            user=first["user"],
-            condition=conditions[0],
-            aspects=aspects,
-        )
+        fields = {"user": first["user"], "condition": conditions[0], "aspects": aspects}
+        return comparison(first["prompt"], media, values, labels, key, **fields)
 
 
 def listed(made: Made) -> str:
@@ -283,10 +276,8 @@ def _is_number(value: float | None) -> bool:
 
 def _labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Where candidates came from, as "MODEL seed N"; the id where that does not tell them apart."""
-    labels = []
-    for row in rows:
-        words = [row["model"] or "", "" if row["seed"] is None else f"seed {row['seed']}"]
-        labels.append(" ".join(filter(None, words)))
+    seeds = ["" if row["seed"] is None else f"seed {row['seed']}" for row in rows]
+    labels = [" ".join(filter(None, (row["model"], seed))) for row, seed in zip(rows, seeds, strict=True)]
     if len(set(labels)) == len(labels) and all(labels):
         return labels
     own = [str(row["id"] if row["member"] is None else row["member"]) for row in rows]
@@ -310,5 +301,5 @@ def _share(scores: Sequence[Sequence[float]], places: Sequence[int]) -> float:
 
 
 def _content(medium: Any) -> bytes:
-    data = medium.encode() if isinstance(medium, Text) else encoded(medium)
+    data = medium.encode() if isinstance(medium, Text) else encoded(getattr(medium, "source", medium))
     return hashlib.blake2b(data, digest_size=16).digest()

@@ -267,6 +267,16 @@ def test_tables_hold_their_own_scores(tmp_path, ending):
     assert open_image(first.media[0]).tobytes() == picture(2).tobytes()
 
 
+def test_sounds_of_a_table_are_compared_by_their_content(tmp_path):
+    for name, content in (("a", b"RIFFa"), ("b", b"RIFFb"), ("c", b"RIFFa")):
+        (tmp_path / f"{name}.wav").write_bytes(content)
+    (tmp_path / "t.csv").write_text("audio,prompt,first\na.wav,p,0.5\nb.wav,p,0.25\nc.wav,p,0.75\n")
+    made = make_pairs(str(tmp_path / "t.csv"), tmp_path / "out", Rule("all"), layout="jsonl")
+    assert made.pairs == {"pairs": 3, "identical": 1, "repeated": 1, "kept": 1}
+    (item,) = read_comparisons(tmp_path / "out").comparisons
+    assert [medium.source.read_bytes() for medium in item.media] == [b"RIFFa", b"RIFFb"]
+
+
 def test_what_cannot_be_is_one_sentence(tmp_path):
     source = folder_of(tmp_path / "c", made_candidates(1))
     with pytest.raises(UserError, match="mode is 'best'"):
