@@ -74,8 +74,12 @@ class Chat:
             if token in text:
                 raise UserError(f"{text[:60]!r}: the text holds the special token {token}; remove it.")
 
-    def inputs(self, contents: Sequence[Sequence[Any]]) -> Any:
+    def inputs(self, contents: Sequence[Sequence[Any]], **settings: Any) -> Any:
         """What the model is called with, up to where the answers begin; on its device, nothing truncated.
+
+        Args:
+            contents: N of them; of frames the attribute `fps`, where they have it, says how far apart they are.
+            settings: more of the processor's arguments.
 
         Raises:
             UserError: a text holds a special token.
@@ -96,9 +100,11 @@ class Chat:
             turns.append([{"role": "user", "content": parts}])
             images.append(pictures)
         texts = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        shown = {"images": images} if any(images) else {}
+        shown = settings | ({"images": images} if any(images) else {})
         if videos:
-            shown |= {"videos": videos}
+            told = [{"total_num_frames": len(v), "fps": getattr(v, "fps", None)} for v in videos]
+            told = [one | {"frames_indices": list(range(one["total_num_frames"]))} for one in told]
+            shown |= {"videos": videos, "video_metadata": told, "do_sample_frames": False}
         batch = self.processor(
             text=texts, **shown, padding=True, padding_side="left", truncation=False, return_tensors="pt"
         )

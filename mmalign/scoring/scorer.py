@@ -27,6 +27,8 @@ FAMILIES = {  # each module has `load(card, device) -> Scorer`
     "blip": "mmalign.scoring.blip",
     "clap": "mmalign.scoring.clap",
     "ensemble": "mmalign.scoring.ensemble",
+    "vlm": "mmalign.scoring.vlm",
+    "reward-vlm": "mmalign.scoring.reward_vlm",
 }
 
 
