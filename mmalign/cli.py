@@ -18,6 +18,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
   cache RECIPE          encode a recipe's data once, so that training loads no encoders; --verify checks it
   train RECIPE          align a model; every field of the recipe is a flag
+  train-scorer RECIPE   train a reward model, and measure it on held-out prompts
   generate MODEL ...    candidates of one model or several, for prompts
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
   user make|blend       a user's embedding from four pairs; a taste between two users
@@ -76,6 +77,22 @@ def train(argv: Sequence[str]) -> None:
     from mmalign.console import stage
 
     print(f"Done: {run_training(run, watch=watch, stage=stage)}")
+
+
+def train_scorer(argv: Sequence[str]) -> None:
+    """Trains a scorer by a recipe, with flags over it."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("mmalign train-scorer needs a recipe: a bundled name (see mmalign recipes) or a .py file.")
+    from mmalign.recipe import load_recipe
+    from mmalign.scoring.fit import ScorerRun
+
+    run, prog = load_recipe(argv[0]), f"mmalign train-scorer {argv[0]}"
+    if not isinstance(run, ScorerRun):
+        raise UserError(f"{prog}: this recipe aligns a model; run it with mmalign train.")
+    run = parsed(ScorerRun, argv[1:], prog=prog, default=run)
+    from mmalign.commands import train_scorer as run_training
+
+    run_training(run)
 
 
 def cache(argv: Sequence[str]) -> None:
@@ -344,7 +361,13 @@ FLAGS: dict[str, Callable[..., None]] = {
     "scorers": scorers,
     "demo": demo,
 }
-OWN: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "cache": cache, "recipes": recipes, "user": user}
+OWN: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "train-scorer": train_scorer,
+    "cache": cache,
+    "recipes": recipes,
+    "user": user,
+}
 
 
 def flags_of(function: Any, **options: Any) -> set[str]:

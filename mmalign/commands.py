@@ -337,7 +337,6 @@ def annotate_media(path: str, model: str | None, prompt: str | None, **settings:
 
     from mmalign.data.annotate import annotate
     from mmalign.data.media import open_source, read_header
-    from mmalign.data.score import summary
     from mmalign.scoring.chat import Chat
 
     datasets.disable_progress_bars()
@@ -350,20 +349,13 @@ def annotate_media(path: str, model: str | None, prompt: str | None, **settings:
         raise UserError("mmalign annotate is for one process; start it without accelerate launch.")
     source, load = open_source(path, prompt), functools.cache(Chat.load)  # loaded when something is to be asked
     ask = model and (lambda contents: load(model, processes.device).answer(contents, max_new_tokens=ANSWER_TOKENS))
+    started = time.monotonic()
     with stage("Annotations", min(source.total, settings["limit"] or source.total)) as advance:
         target, counts = annotate(source, ask, model and _identity(model), advance=advance, **settings)
-    rows = [
-        [name, label or "all", f"{n:,}", *("" if value is None else f"{value:.4f}" for value in values)]
-        for label, found in summary(target, ["vlm", *read_header(target)["aspects"]]).items()
-        for name, (n, *values) in found.items()
-    ]
-    table("Annotations", ["aspect", "model", "n", "mean", "min", "max"], rows)
-    print(f"{counts['annotated']} annotated, {counts['listed']} not (see column error); all rows are in {target}.")
     print(f"{counts['unreadable']} of {counts['answers']} answers could not be read.")
     if settings["pairwise"]:
         print(f"{counts['disagreements']} of {counts['verdicts']} verdicts differed between the orders: ties.")
-    if not counts["annotated"]:
-        raise UserError(f"{path}: none of its pictures could be annotated; column error of {target} says why.")
+    _show_scores(path, target, ["vlm", *read_header(target)["aspects"]], time.monotonic() - started)
 
 
 def _identity(model: str) -> str:
@@ -400,3 +392,56 @@ def make_pairs(scored: str, output_dir: str, rule: Any, **settings: Any) -> None
     if rule.mode != "ranked":
         print(f"Scale       score_scale=({made.low:.6g}, {made.high:.6g}) in a recipe maps these scores to [0, 1]")
     print(f"Written     {output_dir} (README.md says what is in it)")
+
+
+def train_scorer(run: Any) -> None:
+    """What `mmalign train-scorer` does: reads the comparisons, ties too, trains, and prints what was measured.
+
+    Raises:
+        UserError: as `mmalign.scoring.fit.train_scorer`, or the data cannot be read.
+    """
+    import datasets
+
+    from mmalign.scoring.fit import train_scorer as train
+
+    datasets.disable_progress_bars()
+    quiet_libraries()
+    comparisons = with_ties(run.dataset_name, run.max_train_samples)
+    test = with_ties(run.test_dataset_name) if run.test_dataset_name else None
+    with stage("Training steps", run.max_train_steps) as advance:
+        folder = train(run, comparisons, test, interval=interval, watch=lambda step, loss: advance(1))
+    rows = [
+        [line["metric"], f"{line['value']:.1f} %", "{} to {}".format(*line["interval"]), str(line["n"])]
+        for line in mmalign.load_scorer(folder).card.published
+    ]
+    table("On held-out prompts", ["accuracy", "value", "95 % interval", "n"], rows)
+    print(f"Scorer   {folder} (choose a licence in its card.yaml)")
+
+
+def with_ties(source: str, limit: int | None = None) -> Any:
+    """The comparisons of a data set, also those that people tied: an alignment learns nothing from them, a scorer does.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    import dataclasses
+
+    import numpy as np
+
+    from mmalign.data.importers import read_comparisons
+
+    found = read_comparisons(source, limit=limit)
+    tied = [row.row for row in found.left_out if row.reason == "tie"]
+    places = np.flatnonzero(np.isin(found.comparisons.source.numbers, tied))
+    kept = np.union1d(found.comparisons.kept, places)
+    return dataclasses.replace(found.comparisons, kept=kept)
+
+
+def interval(values: Any, clusters: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of a mean, drawn by clusters; one that is 0 or 1 gets Clopper and Pearson's bound."""
+    from mmalign.evaluation.metrics import bootstrap_interval
+
+    if values.min() == values.max() and values[0] in (0, 1):
+        tail = 0.025 ** (1 / len(set(clusters)))
+        return (tail, 1.0) if values[0] else (0.0, 1 - tail)
+    return bootstrap_interval(values, clusters=clusters)

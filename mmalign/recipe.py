@@ -45,7 +45,7 @@ def _file(name: str) -> Path:
 
 
 def load_recipe(name: str) -> Any:
-    """The Run of a bundled recipe's name or a `.py` file.
+    """The Run, or the ScorerRun, of a bundled recipe's name or a `.py` file.
 
     Raises:
         UserError: no such recipe, or the file does not parse, does not run or has no `recipe()`.
@@ -61,10 +61,12 @@ def load_recipe(name: str) -> Any:
         raise UserError(f"{file}: {error}") from error
     except Exception as error:  # whatever somebody's Python file may raise
         raise UserError(f"{file}: does not run ({type(error).__name__}: {error}).") from error
+    from mmalign.scoring.fit import ScorerRun
     from mmalign.training.run import Run
 
-    if not isinstance(made, Run):
-        raise UserError(f"{file}: recipe() returned {type(made).__name__}; it has to return a Run.")
+    if not isinstance(made, Run | ScorerRun):
+        kind = type(made).__name__
+        raise UserError(f"{file}: recipe() returned {kind}; it has to return a Run (or a ScorerRun).")
     return made
 
 
@@ -74,11 +76,14 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
     Another method's hyperparameters are never carried over: what the new one has no default for must be given.
 
     Raises:
-        UserError: an unknown flag or objective, or a value that cannot be.
+        UserError: an unknown flag or objective, a value that cannot be, or a scorer's recipe.
     """
     import tyro
 
     from mmalign.cli import parsed
+
+    if not hasattr(run, "objective"):
+        raise UserError(f"{prog}: this recipe trains a scorer; run it with mmalign train-scorer.")
 
     argv, kind = _objective(run, list(argv))
     own = kind is type(run.objective)

@@ -59,7 +59,8 @@ class ScorerRun:
         samples: draws of uncertainty, for scorers that give a `sigma`.
         soft_labels: scores are votes, and a pair's label is their share; else their order alone counts.
         head: put new heads of this kind on the backbone, one an aspect; None trains the scorer as it is.
-        aspects: learn these aspects of the comparisons, each by its head; empty: the overall score.
+        aspects: learn these aspects of the comparisons, each by its head (fidelity is also X.fidelity, as mmalign
+            score writes those of a scorer X); empty: the overall score.
         taps: layers of a CLIP's image tower whose mean and deviation new heads see too.
         train_batch_size: comparisons of a step.
         eval_batch_size: media judged at once where nothing is learnt.
@@ -262,7 +263,9 @@ def _order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _target(item: Comparison, name: str) -> tuple[float, ...]:
-    return item.score if name == "score" else item.aspects[name]
+    if name == "score":
+        return item.score
+    return next(values for key, values in item.aspects.items() if key.rpartition(".")[2] == name)
 
 
 def _flat(items: Sequence[Comparison]) -> tuple[list[tuple[Any, Any, str]], list[str]]:
@@ -293,7 +296,9 @@ def _check(run: ScorerRun, comparisons: Iterable[Comparison]) -> None:
     """Raises UserError where a comparison lacks what is to be learnt from it."""
     for item in comparisons:
         where = f"{run.dataset_name}, comparison {item.id!r}"
-        if missing := [name for name in run.aspects if name != "score" and name not in item.aspects]:
+        if missing := [
+            name for name in run.aspects if name not in {"score", *(key.rpartition(".")[2] for key in item.aspects)}
+        ]:
             known = ", ".join(item.aspects) or "none"
             raise UserError(
                 f"{where}: has no aspect {missing[0]!r}, but {known}; choose aspects that all of them have."
@@ -401,9 +406,11 @@ def _beside(card: Card, value: Any, folder: Path) -> Any:
     """The value with every local file that it names copied into `folder` and named from there."""
     if isinstance(value, dict):
         return {name: _beside(card, inner, folder) for name, inner in value.items()}
-    if not isinstance(value, str) or not value.strip("./") or (folder / value).exists():
+    if not isinstance(value, str) or not value.strip("./"):
         return value
     path = card.path(value)
+    if not Path(value).is_absolute() and (folder / value).exists():  # new weights, written already
+        return value
     if path.is_file():
         shutil.copy(path, folder / path.name)
     elif path.is_dir():

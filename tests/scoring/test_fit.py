@@ -26,8 +26,11 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A tiny CLIP of transformers, to start from."""
-    folder = tmp_path_factory.mktemp("start") / "tiny"
+    return tiny_clip(tmp_path_factory.mktemp("start") / "tiny")
+
+
+def tiny_clip(folder):
+    """A scorer of HPSv2's layout with two transformers of four blocks."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     facts = {"name": "tiny", "family": "clip", "model": {"open_clip_config": "config.json"}}
