@@ -29,7 +29,7 @@ def test_a_model_that_cannot_judge_is_recorded_and_its_record_replayed(table, tm
     model = tiny_vlm(tmp_path / "vlm")
     capsys.readouterr()  # the bar of saving it
     said = refused(capsys, "annotate", table, "--model", model, "--retries", "1")
-    assert "none of its pictures could be annotated" in said
+    assert "none of its media could be scored" in said
     rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
     assert len(rows) == 4
     assert all("the model's answer cannot be read: " in row["error"] for row in rows)
@@ -42,7 +42,7 @@ def test_a_model_that_cannot_judge_is_recorded_and_its_record_replayed(table, tm
     judged.write_text("".join(json.dumps(row) + "\n" for row in recorded))
     main(["annotate", str(table), "--replay", str(judged)])
     said = capsys.readouterr().out
-    assert "4 annotated, 0 not" in said
+    assert "4 scored, 0 not" in said
     assert "0 of 4 answers could not be read" in said
     assert read_header(tmp_path / "scores.parquet")["scorers"]["vlm"]["model"] == recorded[0]["model"]
     main(["pairs", str(table), "--output-dir", str(tmp_path / "pairs")])

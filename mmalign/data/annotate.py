@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mmalign.data.candidates import contents_of
-from mmalign.data.media import HEADER, Row, Source, read_header, table_rows
+from mmalign.data.media import HEADER, Row, Source, read_header
 from mmalign.data.score import PART_ROWS, Known, provenance
 from mmalign.data.scored import Scored, open_scored
 from mmalign.records import Sound, Text, UserError, Video, open_image
 from mmalign.scoring.scorer import nearest
 from mmalign.storage import atomic_file
 
-ANSWERS = "answers.jsonl"
+ANSWERS, LINE_START = "answers.jsonl", b'{"key": "'
 BATCH_QUESTIONS = 8  # asked at once; even, so that both orders of a pair stand together
 ASPECTS = {
     "prompt-following": "it shows what the prompt asks for: the things, how many, their looks, places and relations",
@@ -126,7 +126,7 @@ def annotate(
     columns = dict.fromkeys([*known.kept, "vlm", *aspects], "float64") | {"reasons": "string"}
 
     def lines() -> Iterator[dict[str, Any]]:
-        for row, found in (_compared if pairwise else _rated)(source, asker, limit, target.parent, advance):
+        for row, found in (_compared if pairwise else _rated)(source, asker, limit, advance):
             line = {**row.columns, **known.of(row), **dict.fromkeys(("vlm", *aspects))}
             asker.counts["listed" if isinstance(found, str) else "annotated"] += 1
             if isinstance(found, str):
@@ -138,7 +138,9 @@ def annotate(
                     line["reasons"] = json.dumps({name: why for name, (_, why) in found.items()}, ensure_ascii=False)
             yield line
 
-    _write(target, lines(), {**source.fields, **columns, "error": "string"}, header)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = list(lines())  # before the file is begun: a kill leaves none
+    _write(target, iter(made), {**source.fields, **columns, "error": "string"}, header)
     return target, asker.counts
 
 
@@ -163,17 +165,24 @@ class Answers:
     """
 
     def __init__(self, path: Path, model: str | None):
-        self.path = path
         if model is None and not path.is_file():
             raise UserError(f"{path}: there is no such record; give the {ANSWERS} of a former run.")
-        if model is not None and path.is_file():  # a kill may have torn the last line
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        rows = list(table_rows(path)) if path.is_file() else []
-        models = sorted({str(row.get("model")) for row in rows})
-        if model is None and len(models) > 1:
-            raise UserError(f"{path}: holds answers of {', '.join(models)}; keep the lines of one.")
-        self.model = model or next(iter(models), None)
-        self.known = {row.get("key"): str(row.get("answer")) for row in rows if str(row.get("model")) == self.model}
+        data = path.read_bytes() if path.is_file() else b""
+        last = data[data.rfind(b"\n") + 1 :]  # empty, unless a kill tore it
+        torn = len(last) if LINE_START.startswith(last[: len(LINE_START)]) else 0
+        answers: dict[str, dict[str, str]] = {}  # model -> key -> answer
+        for number, line in enumerate(data[: len(data) - torn].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                answers.setdefault(row["model"], {})[row["key"]] = str(row["answer"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: is no recorded answer; choose another file.") from error
+        if model is None and len(answers) > 1:
+            raise UserError(f"{path}: holds answers of {', '.join(sorted(answers))}; keep the lines of one.")
+        self.path, self.model = path, model or next(iter(answers), None)
+        self.known = answers.get(self.model, {})
+        if torn and model:
+            os.truncate(path, len(data) - torn)
 
     def of(self, questions: Sequence[Question], ask: Ask | None) -> list[str]:
         """The recorded answers; those that are not there are asked for, together, and recorded.
@@ -255,7 +264,7 @@ def _shown(medium: Any, condition: Iterable[Any] | None, prompt: str | None, whe
 
 
 def _rated(
-    source: Source, asker: Asker, limit: int | None, folder: Path, advance: Callable[[int], Any]
+    source: Source, asker: Asker, limit: int | None, advance: Callable[[int], Any]
 ) -> Iterator[tuple[Row, Reading | str]]:
     """Each row with what it was rated, or why not."""
 
@@ -272,13 +281,12 @@ def _rated(
 
 
 def _compared(
-    source: Source, asker: Asker, limit: int | None, folder: Path, advance: Callable[[int], Any]
+    source: Source, asker: Asker, limit: int | None, advance: Callable[[int], Any]
 ) -> Iterator[tuple[Row, Reading | str]]:
     """Each row with its shares of comparisons won, or why not."""
     errors: dict[tuple, str] = {}
     won: dict[tuple, list[dict[str, float]]] = {}  # row -> aspect -> 1, 0 or 0.5, a comparison
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".annotate-", dir=folder) as work:
+    with tempfile.TemporaryDirectory() as work:
         rows = Path(work) / "unscored.parquet"
         unscored = ({**row.columns, "vlm": None} for row in source.rows())
         _write(rows, unscored, {**source.fields, "vlm": "float64", "error": "string"}, {})
@@ -372,13 +380,12 @@ def _reading(
     made = {}
     for aspect in aspects:
         one = named.get(_plain(aspect))
-        parts = {_plain(name): part for name, part in one.items()} if isinstance(one, dict) else {"value": one}
-        number, why = (
-            next((parts[_plain(n)] for n in names if _plain(n) in parts), None) for names in (VALUES, REASONS)
-        )
-        if (number := value(number)) is None:
+        parts = one if isinstance(one, dict) else {"value": one, "reason": one if isinstance(one, str) else ""}
+        parts = {name.lower(): part for name, part in parts.items()}
+        number = value(next((parts[name] for name in VALUES if name in parts), None))
+        if number is None:
             return None
-        made[aspect] = (number, str(why or (one if isinstance(one, str) else "")))
+        made[aspect] = (number, str(next((parts[name] for name in REASONS if name in parts), "")))
     return made
 
 

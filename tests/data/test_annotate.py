@@ -13,7 +13,7 @@ from mmalign.data.pairs import Rule, make_pairs
 from mmalign.data.score import score_media
 from mmalign.records import Comparison, Text, UserError
 from tests.conftest import picture
-from tests.data.test_score import Red
+from tests.data.test_score import Blue, Red
 
 TWO = ("prompt-following", "aesthetic")
 GOOD = {"prompt-following": {"reason": "a fox", "rating": 4}, "aesthetic": {"reason": "dull", "rating": 2}}
@@ -258,7 +258,6 @@ def test_pairwise_of_every_source_lists_what_could_not_be_compared(tmp_path, kin
     assert (len(rows), counts["annotated"], counts["listed"]) == (4, 2, 2)
     errors = sorted(row["error"] for row in rows if row["error"])
     assert sum("no other picture" in one for one in errors) + sum("cannot be decoded" in one for one in errors) == 2
-    assert not list(target.parent.glob(".annotate*"))
 
 
 def test_other_scores_of_candidates_stay_and_other_files_too(tmp_path):
@@ -268,9 +267,20 @@ def test_other_scores_of_candidates_stay_and_other_files_too(tmp_path):
     target, _ = annotate(open_source(folder), Fake(), "fake")
     assert pq.read_table(target)["red"].equals(reds)
     assert list(read_header(target)["scorers"]) == ["red", "vlm"]
+    before = pq.read_table(target)
+    score_media(open_source(folder), {"blue": Blue("blue")})
+    assert pq.read_table(target).select(["vlm", *ASPECTS]).equals(before.select(["vlm", *ASPECTS]))
+    assert list(read_header(target)["aspects"]) == list(ASPECTS)
     pq.write_table(pa.table({"prompt": ["p"], "image": ["x.png"]}), tmp_path / "scores.parquet")
     with pytest.raises(UserError, match="something else than annotations"):
         annotate(open_source(tmp_path / "scores.parquet"), Fake(), "fake")
+    for ending in ("", "\n"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        mine = tmp_path / "mine" / ANSWERS
+        mine.write_text('{"prompt": "p", "image": "x.png"}' + ending)
+        with pytest.raises(UserError, match="line 1: is no recorded answer"):
+            annotate(open_source(mine), Fake(), "fake")
+        assert mine.read_text() == '{"prompt": "p", "image": "x.png"}' + ending
 
 
 def test_what_cannot_be_annotated_is_one_sentence(tmp_path):
