@@ -21,15 +21,9 @@ from mmalign.scoring.scorer import Card
 
 
 class Frames(list):
-    """Pictures of one video, in order.
+    """Pictures of one video, in order; `fps` of them to a second of it."""
 
-    Attributes:
-        fps: how many of them a second of the video holds.
-    """
-
-    def __init__(self, pictures: Sequence[Image.Image], fps: float):
-        super().__init__(pictures)
-        self.fps = fps
+    fps: float | None = None
 
 
 def reader(card: Card) -> Callable[[Any, str], Any]:
@@ -102,7 +96,9 @@ def frames_of(
     else:
         shown = _guarded(_pictures, source, name, {stamps[i] for i in chosen})
     shown = {stamp: fit(picture, pixels, name) for stamp, picture in shown.items()}
-    return Frames([shown[stamps[i]] for i in chosen], float(count / duration))
+    frames = Frames(shown[stamps[i]] for i in chosen)
+    frames.fps = float(count / duration)
+    return frames
 
 
 def fit(picture: Image.Image, pixels: Sequence[int] | None, name: str = "") -> Image.Image:

@@ -31,21 +31,22 @@ class RewardScorer(Scorer):
     axes: (x - mean) / std for each of the card's `axes`, one a token, and their sum
     gaussian: x = (mu, log sigma) of one token; the score is mu
 
-    Args:
-        card: the facts.
+    Attributes:
         chat: with a Qwen2-VL without its language-model head, whose tokenizer knows the tokens.
         head: the head's tensors; see `apply_head`.
-        norm: mean and std of each axis, [2, axes].
+        norm: mean and std of each axis, [2, axes]; None for gaussian.
     """
 
-    def __init__(self, card: Card, chat: Chat, head: Mapping[str, Tensor], norm: Tensor | None):
-        self.card, self.chat, self.norm = card, chat, norm
-        self.head = {name: value.float().to(chat.model.device) for name, value in head.items()}
-        self.question, self.read, self.tokens = question_of(card), reader(card), card.score["tokens"]
-        self.ids = torch.tensor(chat.processor.tokenizer.convert_tokens_to_ids(self.tokens))
-        self.preparation = ("vlm", card.judges, repr(card.preprocess))
+    def __init__(self, card: Card, device: str | torch.device):
+        self.card, self.tokens, self.axes = card, card.score["tokens"], card.score.get("axes", ())
+        self.question, self.read = question_of(card), reader(card)  # before gigabytes are fetched
+        self.preparation = ("reward-vlm", card.judges, repr(card.preprocess))
+        self.parts = tuple(self.axes) or ("sigma",)
         if any(self.question.count(token) != 1 for token in self.tokens):
             raise UserError(f"{card.folder / 'card.yaml'}: the question must hold each of {self.tokens} once.")
+        self.chat, self.head, self.norm = build(card, device)
+        self.dtype = str(self.chat.model.dtype).removeprefix("torch.")
+        self.ids = torch.tensor(self.chat.processor.tokenizer.convert_tokens_to_ids(self.tokens), device=device)
 
     def prepare(self, medium: Any, *, condition: Sequence = (), name: str = "") -> Any:
         """The picture or frames, in the size that the card says."""
@@ -60,13 +61,13 @@ class RewardScorer(Scorer):
         batch = self.chat.inputs(contents, do_resize="pixels" not in self.card.preprocess)
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         hidden = self.chat.model(**batch, position_ids=positions, use_cache=False).last_hidden_state
-        asked = torch.isin(batch["input_ids"], self.ids.to(hidden.device))
+        asked = torch.isin(batch["input_ids"], self.ids)
         x = apply_head(self.head, hidden[asked].float()).unflatten(0, (len(prompts), -1))  # [N, tokens, outputs]
         if self.norm is None:
             return {"score": x[:, 0, 0], "sigma": x[:, 0, 1].exp()}
-        mean, std = self.norm.to(x.device)
+        mean, std = self.norm
         values = ((x.diagonal(dim1=1, dim2=2) if x.shape[2] > 1 else x[..., 0]) - mean) / std  # [N, axes]
-        return {"score": values.sum(1), **dict(zip(self.card.score["axes"], values.T, strict=True))}
+        return {"score": values.sum(1), **dict(zip(self.axes, values.T, strict=True))}
 
 
 def apply_head(head: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -78,25 +79,28 @@ def apply_head(head: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def load(card: Card, device: str | torch.device = "cpu") -> RewardScorer:
-    """Builds the scorer of a card of family reward-vlm.
+    """Builds the scorer of a card of family reward-vlm."""
+    if card.score.get("formula") != ("axes" if "axes" in card.score else "gaussian"):
+        raise UserError(f"{card.folder / 'card.yaml'}: score.formula must be gaussian, or axes with a list of `axes`.")
+    return RewardScorer(card, device)
+
+
+def build(card: Card, device: str | torch.device) -> tuple[Chat, dict[str, Tensor], Tensor | None]:
+    """The `chat`, `head` and `norm` of a card.
 
     Raises:
-        UserError: a file is missing or does not fit, or the card's formula does not exist.
+        UserError: a file is missing, or does not fit the others.
     """
     from transformers import AutoConfig, AutoProcessor, Qwen2VLModel
 
-    where, base = card.folder / "card.yaml", source_of(card)
-    if card.score.get("formula") not in ("axes", "gaussian"):
-        raise UserError(f"{where}: score.formula must be one of axes, gaussian.")
-    config = read_json(weights.find(card, card.model["config"])) if "config" in card.model else {}
-    alpha = config.get("peft_lora_config", {}).get("lora_alpha", 0)
-    tensors = plain(weights.state_dict(card, card.weights), alpha)
-    head = {name.partition(".")[2]: tensors.pop(name) for name in [*tensors] if name.startswith("rm_head.")}
-    norm = None
+    base, norm = source_of(card), None
+    told = read_json(weights.find(card, card.model["config"])) if "config" in card.model else {}
+    tensors = plain(weights.state_dict(card, card.weights), told.get("peft_lora_config", {}).get("lora_alpha", 0))
+    head = {name[8:]: tensors.pop(name).float().to(device) for name in [*tensors] if name.startswith("rm_head.")}
     try:
-        if card.score["formula"] == "axes":
-            known = config["inference_config"]
-            norm = torch.tensor([[known[f"{axis}_{fact}"] for axis in card.score["axes"]] for fact in ("mean", "std")])
+        if axes := card.score.get("axes"):
+            known = told["inference_config"]
+            norm = torch.tensor([[known[f"{a}_{fact}"] for a in axes] for fact in ("mean", "std")], device=device)
         processor, shape = AutoProcessor.from_pretrained(base), AutoConfig.from_pretrained(base)
         shape.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -106,11 +110,13 @@ def load(card: Card, device: str | torch.device = "cpu") -> RewardScorer:
         if lost := sorted(report["missing_keys"] | report["unexpected_keys"] | (set() if head else {"rm_head"})):
             raise ValueError(f"{len(lost)} are on one side only, such as {lost[0]}")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        told = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: {base} cannot be had, or the weights do not fit it ({told}).") from error
+        raise UserError(
+            f"{card.folder / 'card.yaml'}: {base} cannot be had, or the weights do not fit it "
+            f"({str(error).strip().splitlines()[0]})."
+        ) from error
     chat = Chat(model.to(device), processor, base)  # before the tokens are added: it refuses control tokens
     processor.tokenizer.add_tokens(card.score["tokens"], special_tokens=True)
-    return RewardScorer(card, chat, head, norm)
+    return chat, head, norm
 
 
 def plain(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

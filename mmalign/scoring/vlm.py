@@ -31,10 +31,12 @@ class AnswerScorer(Scorer):
     likelihood: mean log-probability of the tokens of the medium, a `Text`, as the answer to the prompt
     """
 
-    def __init__(self, card: Card, chat: Chat):
-        self.card, self.chat, self.facts = card, chat, card.score
+    def __init__(self, card: Card, device: str | torch.device):
+        self.card, self.facts = card, card.score
         self.question, self.read = question_of(card), reader(card)
-        self.preparation = ("vlm", card.judges, repr(card.preprocess))
+        self.preparation = ("vlm", card.judges, repr(card.preprocess), self.facts.get("conditions"))
+        self.chat = Chat.load(source_of(card), device)
+        self.dtype = str(self.chat.model.dtype).removeprefix("torch.")
         if self.facts["formula"] == "first":
             self.yes, self.no = (self._tokens(self.facts.get(field, ())) for field in ("positive", "negative"))
 
@@ -88,7 +90,7 @@ def load(card: Card, device: str | torch.device = "cpu") -> AnswerScorer:
         raise UserError(f"{where}: formula likelihood judges text, and no other formula does.")
     if formula != "likelihood" and not (words and all(isinstance(word, str) for word in words)):
         raise UserError(f"{where}: score.positive must list the answers that count, in quotes: ['Yes'].")
-    return AnswerScorer(card, Chat.load(source_of(card), device))
+    return AnswerScorer(card, device)
 
 
 def source_of(card: Card) -> str:

@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmalign.records import UserError
 from mmalign.scoring.chat import Chat
+from mmalign.scoring.frames import Frames
 from tests.conftest import picture
 from tests.tiny import tiny_video_vlm
 
@@ -77,6 +78,17 @@ def test_log_probabilities_add_up_to_one(chat):
     assert 0 < total < 1
     longer = chat.logp([["Hm"]], ["ab and more"])[0]
     torch.testing.assert_close(longer[:2], rows[letters.index("b")], atol=1e-5, rtol=1e-5)
+
+
+def test_models_that_count_seconds_are_told_how_far_frames_are_apart(chat):
+    from transformers import Qwen2_5_VLProcessor
+
+    own = chat.processor
+    processor = Qwen2_5_VLProcessor(own.image_processor, own.tokenizer, own.video_processor, own.chat_template)
+    slow = Frames(VIDEO)
+    slow.fps = 0.5
+    batch = Chat(chat.model, processor).inputs([[slow, "a"]])
+    assert batch["second_per_grid_ts"].tolist() == [4]  # two frames a step
 
 
 def test_what_cannot_be_asked(chat, tmp_path):

@@ -104,8 +104,10 @@ def media():
 
 def test_hpsv3_is_mu_and_sigma(hpsv3):
     folder, expected, _ = hpsv3
-    found = load_scorer(folder).aspects(media(), PROMPTS)
-    assert found.keys() == {"score", "sigma"}
+    scorer = load_scorer(folder)
+    found = scorer.aspects(media(), PROMPTS)
+    assert found.keys() == {"score", *scorer.parts} == {"score", "sigma"}
+    assert scorer.dtype == "float32"
     torch.testing.assert_close(found["score"], expected[:, 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["sigma"], expected[:, 1].exp(), atol=1e-5, rtol=1e-5)
     assert abs(expected[0, 0] - expected[1, 0]) > 1e-3
@@ -167,7 +169,9 @@ def test_videoreward_is_three_normalised_axes_and_their_sum(base, tmp_path, outp
         "preprocess": {"frames": frames, "pixels": PIXELS},
         "score": {"formula": "axes", "axes": ["VQ", "MQ", "TA"], "tokens": AXES, "question": question},
     }
-    found = load_scorer(write(tmp_path, facts)).aspects(VIDEOS, PROMPTS)
+    scorer = load_scorer(write(tmp_path, facts))
+    found = scorer.aspects(VIDEOS, PROMPTS)
+    assert found.keys() == {"score", *scorer.parts}
     ids = processor.tokenizer.convert_tokens_to_ids(AXES)
     for row, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS, strict=True)):
         text = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
@@ -188,7 +192,7 @@ def test_what_does_not_fit(hpsv3, tmp_path):
     folder, _, facts = hpsv3
     here = facts | {"weights": {"file": str(folder / "HPSv3.safetensors")}}
     here["score"] = facts["score"] | {"question": "a {prompt} <|Reward|>"}
-    with pytest.raises(UserError, match=r"score\.formula must be one of"):
+    with pytest.raises(UserError, match=r"score\.formula must be gaussian"):
         load_scorer(write(tmp_path, here, score=here["score"] | {"formula": "sum"}))
     with pytest.raises(UserError, match="must hold each of"):
         load_scorer(write(tmp_path, here, score=here["score"] | {"question": "a {prompt}"}))

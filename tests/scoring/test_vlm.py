@@ -82,6 +82,7 @@ def test_input_pictures_come_first_and_are_labelled(made, chat):
     assert found.item() == pytest.approx(torch.sigmoid(logits[yes] - logits[no]).item(), abs=1e-5)
     (swapped,) = scorer.score([picture(2)], ["a"], conditions=[[picture(1)]])
     assert swapped != found
+    assert scorer.preparation != made(FIRST).preparation
     with pytest.raises(UserError, match="compares with 1 input pictures, not 0"):
         scorer.score([picture(1)], ["a"])
 
