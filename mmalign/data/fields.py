@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.label import win_shares
 from mmalign.data.rows import Beside
 from mmalign.records import Sound, Text, UserError, Video
-from mmalign.scoring.ensemble import win_shares
 
 SOUNDS = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a"}
 VIDEOS = {".mp4", ".webm", ".mov", ".avi", ".mkv"}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mmalign.records import Comparison, UserError
-from mmalign.scoring.ensemble import win_shares
 
 
 def best_worst(
@@ -100,6 +99,13 @@ def all_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
     """Every two places, the better first; K (K - 1) / 2 of them."""
     places = range(len(scores))
     return [(i, j) if scores[i] >= scores[j] else (j, i) for i in places for j in places[i + 1 :]]
+
+
+def win_shares(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """[S][K] -> [K], see `mmalign.scoring.ensemble.win_shares`; imported when asked, as it brings torch along."""
+    from mmalign.scoring import ensemble
+
+    return ensemble.win_shares(scores)
 
 
 def margin(scores: Sequence[float]) -> float:
