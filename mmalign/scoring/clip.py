@@ -90,18 +90,23 @@ class ClipScorer(PictureScorer):
             channels.append(pooled(outputs) if outputs else image[:, :0])
         return torch.cat(embeddings).cpu(), torch.cat(channels).cpu()
 
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """What the text tower reads of prompts, [N, L]."""
+        prefix = self.card.score.get("prefix", "")
+        return self.tokenizer([ordinary(prefix + prompt, self.tokenizer) for prompt in prompts]).to(self.device)
+
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings of length 1, [N, D]; each distinct prompt goes through the tower once."""
         if len(self.texts) > REMEMBERED_PROMPTS:
             self.texts.clear()
         new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
-        prefix = self.card.score.get("prefix", "")
         # Outside inference mode, so that the remembered embeddings may serve `score_tensor` as well.
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(new), 64):
                 some = new[start : start + 64]
-                tokens = self.tokenizer([ordinary(prefix + p, self.tokenizer) for p in some]).to(self.device)
-                self.texts.update(zip(some, F.normalize(self.model.encode_text(tokens), dim=-1), strict=True))
+                self.texts.update(
+                    zip(some, F.normalize(self.model.encode_text(self.tokens(some)), dim=-1), strict=True)
+                )
         return torch.stack([self.texts[p] for p in prompts])
 
 
@@ -159,9 +164,11 @@ def load(card: Card, device: str | torch.device = "cpu") -> ClipScorer:
     if formula not in known:
         where = card.folder / "card.yaml"
         raise UserError(f"{where}: score.formula must be one of {', '.join(known)}{nearest(str(formula), known)}.")
+    if formula not in FORMULAS:  # what may be missing is looked for before anything large is built
+        weights.find(card, card.score.get("head") or {})
+    tensors = weights.state_dict(card, card.weights)
     model, tokenizer = build(card)
     head = None if formula in FORMULAS else load_head(card, model)
-    tensors = weights.state_dict(card, card.weights)
     weights.fill(model, from_transformers(tensors) if "visual_projection.weight" in tensors else tensors, card)
     return ClipScorer(card, model, tokenizer, head, device)
 

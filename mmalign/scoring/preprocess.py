@@ -51,6 +51,8 @@ class Preprocess:
         for name, known in {"resize": RESIZERS, "interpolation": ("bicubic-tensor", "bicubic-pil")}.items():
             if getattr(made, name) not in known:
                 raise UserError(f"{where}: preprocess.{name} must be one of {', '.join(known)}.")
+        if made.interpolation == "bicubic-pil" and made.resize != "short-side-crop":
+            raise UserError(f"{where}: preprocess.resize {made.resize} is for interpolation bicubic-tensor alone.")
         return made
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:

@@ -287,8 +287,9 @@ def test_aspect_heads(tmp_path, tiny, kind, taps):
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        ({"file": "heads.safetensors"}, "score.head.names must list"),
-        ({"file": "heads.safetensors", "names": ["score"]}, "score.head.names must list"),
+        ({"file": "card.yaml"}, "score.head.names must list"),
+        ({"file": "card.yaml", "names": ["score"]}, "score.head.names must list"),
+        ({"file": "card.yaml", "names": ["a"]}, "holds no weights that can be read safely"),
         ({"file": "heads.safetensors", "names": ["a"]}, r"heads\.safetensors of scorer 'tiny-hps' are missing: put"),
         ({"file": "x", "names": ["a"], "missing": "train it"}, "are missing: train it"),
     ],

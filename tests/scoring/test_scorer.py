@@ -166,6 +166,7 @@ def test_an_unreachable_hub_says_what_to_do(folder, monkeypatch):
         ({"weights": {}}, "weights need a `file`"),
         ({"preprocess": {"size": 32, "resize": "squash"}}, "preprocess.resize must be one of"),
         ({"preprocess": {"sise": 32}}, "preprocess"),
+        ({"preprocess": {"size": 32, "resize": "long-side-pad"}}, "is for interpolation bicubic-tensor alone"),
     ],
 )
 def test_mistakes_in_a_card(folder, changes, words):
@@ -200,7 +201,8 @@ def test_an_unreadable_picture_is_named(folder, tmp_path):
 
 def test_bundled_cards_are_complete():
     cards = list_scorers()
-    assert {"embedded-clip", "embedded-hps", "embedded-heldout"} <= {card.name for card in cards}
+    classic = {"hpsv2", "hpsv2.1", "pickscore", "clipscore", "laion-aesthetic", "imagereward", "vp-score"}
+    assert classic | {"embedded-clip", "embedded-hps", "embedded-heldout"} <= {card.name for card in cards}
     for card in cards:
         assert card.name == card.folder.name
         assert card.licence != "unknown"
