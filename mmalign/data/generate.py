@@ -153,12 +153,12 @@ def _check(models: Sequence[Model], num: int, layout: str, batch_size: int | Non
 
 def _unique(prompts: Sequence[Prompt | str]) -> list[tuple[int, Prompt, list[str]]]:
     """Place, prompt and hashes of its pictures, of every prompt's first occurrence."""
-    seen: set[bytes] = set()
+    seen: set[tuple] = set()
     unique = []
     for number, asked in enumerate(prompts):
         prompt = Prompt(asked) if isinstance(asked, str) else asked
         contents = contents_of(prompt.images)
-        key = hashlib.blake2b(repr((prompt.text, prompt.user, contents)).encode(), digest_size=16).digest()
+        key = (prompt.text, prompt.user, *contents)
         if key not in seen:
             seen.add(key)
             unique.append((number, prompt, contents))

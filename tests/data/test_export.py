@@ -10,12 +10,7 @@ from mmalign.data.export import write_comparisons
 from mmalign.data.importers import read_comparisons
 from mmalign.records import Comparison, Sound, Text, UserError, Video
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def picture():

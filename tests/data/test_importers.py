@@ -14,6 +14,8 @@ from mmalign.data.export import write_comparisons
 from mmalign.data.importers import read_comparisons
 from mmalign.records import Comparison, Text, UserError, open_image
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 def picture(seed, kind="JPEG"):
     stream = io.BytesIO()
@@ -43,13 +45,6 @@ def plain(item):
     """A comparison with its pictures as numbers."""
     pixels = [np.asarray(open_image(medium)).tolist() for medium in (*item.media, *(item.condition or ()))]
     return (item.id, item.prompt, pixels, item.score, item.weight, item.user, item.source, item.aspects)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "parquet"])

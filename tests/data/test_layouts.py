@@ -16,12 +16,7 @@ from mmalign.data.layouts import layout_of
 from mmalign.data.rows import Beside
 from mmalign.records import Sound, Text, UserError, Video
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def picture(seed):

@@ -6,12 +6,7 @@ from mmalign.data.importers import read_comparisons
 from mmalign.data.tables import read_table, share
 from mmalign.records import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
