@@ -1,7 +1,8 @@
 """Training of reward models: from comparisons to a scorer's folder.
 
-Whatever family the scorer is of, it is used through `prepare` and `judge`; its networks are those among its attributes
-(or what its `modules()` names), and its aspect heads, if it has any, an `AspectHeads` among them.
+Whatever family the scorer is of, it is used through `prepare` and `judge`, and its networks are its attributes `model`
+(or `chat.model`) and `head`. Families whose `judge` takes no gradient, such as those that read a VLM's answers, cannot
+be trained.
 """
 
 from __future__ import annotations
@@ -141,10 +142,10 @@ class ScorerRun:
         return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done) if self.lr_scheduler == "cosine" else 1)
 
 
-def networks(scorer: Scorer) -> dict[str, nn.Module]:
-    """Name -> network of a scorer, its heads among them."""
-    own = scorer.modules() if hasattr(scorer, "modules") else vars(scorer)
-    return {name: value for name, value in own.items() if isinstance(value, nn.Module)}
+def networks(scorer: Any) -> dict[str, Any]:
+    """Name -> network of a scorer; its `head` may be a mapping of tensors, as that of a reward model on a VLM is."""
+    own = vars(scorer) | ({"model": scorer.chat.model} if hasattr(scorer, "chat") else {})
+    return {name: value for name, value in own.items() if isinstance(value, nn.Module) or (name == "head" and value)}
 
 
 def train_scorer(
@@ -252,7 +253,7 @@ class _Learner:
         if self.features is not None:
             kept = torch.cat([self.features[row] for row in rows])
             return with_mean(self.heads.train()(kept), self.scorer.card.score["head"].get("weights"))
-        if self.heads:
+        if isinstance(self.heads, nn.Module):
             self.heads.train()
         media, prompts = _flat([self.comparisons[row] for row in rows])
         return self.scorer.judge(_prepared(self.scorer, media), prompts)
@@ -422,7 +423,6 @@ def _unlock(scorer: Scorer, run: ScorerRun) -> dict[str, nn.Parameter]:
     """Name -> the parameters that learn: the heads, and of the backbone what is not frozen, or a LoRA."""
     learning = {}
     for part, network in networks(scorer).items():
-        network.requires_grad_(False)
         whole = part == "head"
         if run.rank and not whole:
             from peft import LoraConfig, inject_adapter_in_model
@@ -433,7 +433,8 @@ def _unlock(scorer: Scorer, run: ScorerRun) -> dict[str, nn.Parameter]:
                 inject_adapter_in_model(LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=targets), network)
         elif not whole:
             frozen = _frozen(network, run.frozen_fraction)
-        for name, parameter in network.named_parameters():
+        for name, parameter in network.items() if isinstance(network, dict) else network.named_parameters():
+            parameter.requires_grad_(False)
             chosen = whole or ("lora_" in name if run.rank else run.frozen_fraction < 1 and not name.startswith(frozen))
             if chosen and not (run.frozen_fraction > 0 and EARLY.search(name) and not whole and not run.rank):
                 learning[f"{part}.{name}"] = parameter.requires_grad_(True)
@@ -496,10 +497,12 @@ def _finish(
     for part in {name.split(".")[0] for name in learning}:
         if run.rank and part != "head":
             _merge(parts[part])
-        made["head" if part == "head" else "backbone"] = parts[part].state_dict()
-    if "head" in made and "head" not in scorer.card.score:  # BLIP's lies among its weights
-        own = parts["model"].state_dict() | {f"mlp.{name}": value for name, value in made.pop("head").items()}
-        made["backbone"] = own
+        own = parts[part]
+        made["head" if part == "head" else "backbone"] = own if isinstance(own, dict) else own.state_dict()
+    if "head" in made and "head" not in scorer.card.score:  # BLIP's and a VLM's lie among their weights
+        prefix = "rm_head" if hasattr(scorer, "chat") else "mlp"
+        head = {f"{prefix}.{name}": value for name, value in made.pop("head").items()}
+        made["backbone"] = parts["model"].state_dict() | head
     told = f"the aspects {', '.join(run.aspects)}" if run.aspects else "the overall score"
     frozen = f"a LoRA of rank {run.rank}" if run.rank else f"{run.frozen_fraction:.0%} of the backbone's blocks frozen"
     old = scorer.card

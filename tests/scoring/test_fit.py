@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from mmalign.records import Comparison, UserError
@@ -16,6 +16,7 @@ from mmalign.scoring import Card, load_scorer
 from mmalign.scoring.clip import build
 from mmalign.scoring.fit import ScorerRun, train_scorer
 from mmalign.storage import sha256
+from tests.scoring.test_reward_vlm import base, hpsv3  # noqa: F401 (fixtures)
 
 CONFIG = {
     "embed_dim": 8,
@@ -227,3 +228,60 @@ def test_what_cannot_be_is_one_sentence(clip, tmp_path, settings, message):
 def test_a_run_that_cannot_be(clip, settings, message):
     with pytest.raises(UserError, match=message):
         run(clip, "out", **settings)
+
+
+def test_a_lora_on_a_vlm_is_merged_into_what_is_written(hpsv3, tmp_path):  # noqa: F811
+    """HPSv3's layout and loss: adapters and head learn, and the folder scores as the trained network did."""
+    folder = hpsv3[0]
+    settings = {"loss": "uncertainty", "samples": 20, "rank": 2, "max_train_steps": 3, "train_batch_size": 2}
+    settings |= {"validation_fraction": 0.0, "test_fraction": 0.0}
+    seen = []
+    mine = run(folder, tmp_path / "mine", **settings)
+    new = load_scorer(train_scorer(mine, data(8, 2), watch=lambda step, loss: seen.append(loss)))
+    assert all(map(math.isfinite, seen))
+    before, after = load_scorer(folder), new
+    changed = {
+        name
+        for name, value in before.chat.model.state_dict().items()
+        if not torch.equal(value, after.chat.model.state_dict()[name])
+    }
+    assert changed
+    assert all(any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj")) for name in changed)
+    assert any(not torch.equal(before.head[name], after.head[name]) for name in before.head)
+
+
+def test_blip_learns_with_its_own_head_and_with_new_ones(tmp_path):
+    """ImageReward's layout: its MLP lies among its weights, aspect heads in a file of their own."""
+    from tests.scoring.test_blip import load
+
+    (tmp_path / "tiny").mkdir()
+    before = load(tmp_path / "tiny")
+    start = tmp_path / "tiny"
+    few = {"max_train_steps": 2, "train_batch_size": 2, "validation_fraction": 0.0, "test_fraction": 0.0}
+    for name, settings in {"own": {}, "new": {"head": "linear", "aspects": ("bright", "dark")}}.items():
+        mine = run(start, tmp_path / name, frozen_fraction=0.5, **few, **settings)
+        new = load_scorer(train_scorer(mine, data(6, 2)))
+        old, now = before.model.state_dict(), new.model.state_dict()
+        for tower in ("vision.encoder.layers", "text.encoder.layer"):
+            changed = {key.split(".")[3] for key in old if tower in key and not torch.equal(old[key], now[key])}
+            assert changed == {"1"}, tower  # of two blocks the first is frozen
+        assert new.parts == settings.get("aspects", ())
+
+
+def test_the_bundled_aspects_know_blur_in_order():
+    """Five levels of blur on pictures of the embedded model for prompts that nothing was trained on."""
+    import mmalign
+    from mmalign.embedded import SAMPLING, path, prompts
+
+    texts = prompts("test")[:6]
+    made = mmalign.load(str(path())).generate(texts, seeds=range(7, 13), **SAMPLING)
+    scorer = load_scorer("embedded-aspects")
+    rows = []
+    for radius in (2.2, 1.5, 1.0, 0.6, 0):
+        blurred = [one.filter(ImageFilter.GaussianBlur(radius)) for one in made]
+        rows.append(scorer.aspects(blurred, texts)["fidelity"])
+    table = torch.stack(rows)  # [5, 6], worst first
+    assert (table.mean(1).diff() > 0).all()
+    assert (table.diff(dim=0) > 0).float().mean() > 0.8
+    right, wrong = (scorer.aspects(made, asked)["prompt-following"] for asked in (texts, texts[::-1]))
+    assert (right > wrong).sum() >= 5
