@@ -56,15 +56,7 @@ class Candidate:
 
 
 def candidate_id(prompt: str, contents: Sequence[str], model: str, seed: int, parameters: Mapping[str, Any]) -> str:
-    """The name of what a model makes: 24 hex digits of prompt, input pictures, model, seed and parameters.
-
-    Args:
-        prompt: What is asked for.
-        contents: Of the input pictures, as `contents_of` gives them.
-        model: The model's label.
-        seed: Of the sampling.
-        parameters: What JSON holds; the order of its names is of no effect.
-    """
+    """24 hex digits of what makes a candidate; `contents` are those of `contents_of`, parameters of any order."""
     text = json.dumps([prompt, list(contents), model, seed, parameters], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -105,11 +97,7 @@ def is_candidates(path: str | Path) -> bool:
 
 
 def read_candidates(folder: str | Path, batch: int = 256) -> Iterator[Candidate]:
-    """Every candidate of a folder, part by part; pictures stay encoded (bytes or a path).
-
-    Args:
-        folder: Of candidates.
-        batch: Rows that are held at once.
+    """Every candidate of a folder, part by part, `batch` rows at once; pictures stay encoded (bytes or a path).
 
     Raises:
         UserError: No parts, or a part that is damaged.
@@ -134,12 +122,7 @@ def candidate_ids(folder: str | Path) -> Iterator[str]:
 
 
 def write_part(folder: str | Path, candidates: Sequence[Candidate], layout: str = "parquet") -> Path:
-    """Writes candidates as one new part and returns its path; a part of the same ids is replaced.
-
-    Args:
-        folder: Of candidates; made when missing.
-        candidates: One or more, all pictures or all text.
-        layout: "parquet" or "folder".
+    """Writes candidates, all pictures or all text, as one new part of a folder; one of the same ids is replaced.
 
     Raises:
         UserError: An unknown layout, or an input picture that cannot be read.
@@ -194,7 +177,7 @@ def _write_parquet(path: Path, candidates: Sequence[Candidate]) -> None:
         for start in range(0, len(candidates), GROUP_ROWS):
             rows = []
             for one in candidates[start : start + GROUP_ROWS]:
-                shown = one.condition and [{"bytes": encoded(picture), "path": None} for picture in one.condition]
+                shown = one.condition and [{"bytes": encoded(picture)} for picture in one.condition]
                 made = str(one.medium) if is_text else {"bytes": encoded(one.medium), "path": f"{one.id}.png"}
                 rows.append({**_plain(one), "condition": shown, "text" if is_text else "image": made})
             writer.write_table(pa.Table.from_pylist(rows, schema))
