@@ -39,7 +39,7 @@ from mmalign.embedded.scenes import COLOURS, NOUNS, prompts
 from mmalign.evaluation.metrics import spearman
 from mmalign.records import Comparison
 from mmalign.scoring import Card, load_scorer
-from mmalign.scoring.fit import measured
+from mmalign.scoring.accuracy import measured
 from mmalign.storage import read_json, write_json
 from mmalign.surrogate.draws import generator
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -325,6 +327,56 @@ def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float
         raise UserError(f"{path}: none of its media could be scored.")
 
 
+def list_scorers() -> None:
+    """What `mmalign scorers` prints."""
+    from mmalign.scoring.scorer import list_scorers as cards
+    from mmalign.scoring.weights import on_disk
+
+    rows = [["name", "judges", "licence", "weights", "", "published (the first of its card)"]]
+    for card in cards():
+        size = on_disk(card)
+        said = card.published[0] if card.published else None
+        rows.append(
+            [
+                card.name,
+                card.judges,
+                re.split(r" \(|,", card.licence)[0],
+                card.size if size is None else f"{size / 1e6:.1f} MB",
+                "not here" if size is None else "here",
+                f"{said['value']}{said.get('unit', '')} {said['metric']}, {said['set']}" if said else "none",
+            ]
+        )
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nmmalign scorers NAME tells all about one.")
+
+
+def show_scorer(name: str) -> None:
+    """What `mmalign scorers NAME` prints: what the card says to a person, every figure with its source."""
+    from rich.console import Console
+
+    from mmalign.scoring.scorer import Card, find_card
+
+    card: Card = find_card(name)
+    facts = {
+        "judges": card.judges,
+        "licence": card.licence,
+        "comparable across prompts": "yes" if card.comparable_across_prompts else "no",
+        "independent of the batch": "yes" if card.batch_invariant else "no",
+        "card": str(card.folder / "card.yaml"),
+    }
+    out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    out.print(f"{card.name}: {card.about}", markup=False)
+    for title, value in facts.items():
+        out.print(f"  {title:<26}{value}", markup=False)
+    for line in card.published:
+        between = f" ({line['interval'][0]} to {line['interval'][1]})" if "interval" in line else ""
+        count = f", n = {line['n']:,}" if "n" in line else ""
+        what = f"{line['metric']} on {line['set']}: {line['value']}{line.get('unit', '')}{between}{count}"
+        out.print(f"  {what}; {line['source']}", markup=False)
+
+
 def annotate_media(path: str, model: str | None, prompt: str | None, **settings: Any) -> None:
     """What `mmalign annotate` does; `settings` are those of `mmalign.data.annotate.annotate`.
 
@@ -409,7 +461,8 @@ def train_scorer(run: Any) -> None:
     comparisons = with_ties(run.dataset_name, run.max_train_samples)
     test = with_ties(run.test_dataset_name) if run.test_dataset_name else None
     with stage("Training steps", run.max_train_steps) as advance:
-        folder = train(run, comparisons, test, interval=interval, watch=lambda step, loss: advance(1))
+        told = {"interval": interval, "watch": lambda step, loss: advance(1), "device": this_process().device}
+        folder = train(run, comparisons, test, **told)
     rows = [
         [line["metric"], f"{line['value']:.1f} %", "{} to {}".format(*line["interval"]), str(line["n"])]
         for line in mmalign.load_scorer(folder).card.published

@@ -6,11 +6,16 @@ an interval can draw whole prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmalign.records import Comparison
+from mmalign.scoring.scorer import Scorer
+
+Interval = Callable[..., tuple[float, float]]  # of a mean: (values [M], clusters=labels [M]) -> low, high
 
 THRESHOLDS = np.arange(11) / 10  # PickScore's, on the difference of two probabilities
 
@@ -110,3 +115,81 @@ def every(validation: Pairs, test: Pairs) -> dict[str, Measured]:
     if len(test.truth) and len(validation.truth):
         found["pickscore (threshold tuned on validation)"] = pickscore(validation, test)
     return {name: measured for name, measured in found.items() if len(measured.values)}
+
+
+class Some(Sequence):
+    """Some rows of comparisons, each read when it is asked for."""
+
+    def __init__(self, comparisons: Sequence[Comparison], rows: Sequence[int]):
+        self.comparisons, self.rows = comparisons, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The comparison at a place."""
+        return self.comparisons[self.rows[place]]
+
+
+def liked(item: Comparison, name: str) -> tuple[float, ...]:
+    """How well each medium was liked: by an aspect, as it is or as X.aspect, or overall (score, overall)."""
+    if name in ("score", "overall"):
+        return item.score
+    return next(values for key, values in item.aspects.items() if key.rpartition(".")[2] == name)
+
+
+def flat(items: Sequence[Comparison]) -> tuple[list[tuple[Any, Any, str]], list[str]]:
+    """Media with their condition and name, and prompts, in one row."""
+    media = [
+        (medium, item.condition or (), f"comparison {item.id!r}, medium {place}")
+        for item in items
+        for place, medium in enumerate(item.media)
+    ]
+    return media, [item.prompt for item in items for _ in item.media]
+
+
+def measured(
+    scorer: Scorer,
+    names: Sequence[str],
+    validation: Sequence[Comparison],
+    test: Sequence[Comparison],
+    batch_size: int = 64,
+    interval: Interval | None = None,
+) -> list[dict[str, Any]]:
+    """Lines for a card's `published`: every accuracy on held-out prompts.
+
+    Args:
+        scorer: whom to measure.
+        names: aspects, or "score".
+        validation: comparisons that tune PickScore's threshold.
+        test: comparisons that are measured.
+        batch_size: media judged at once.
+        interval: of an accuracy; the clusters are prompts.
+    """
+    pairs = [_judged(scorer, names, items, batch_size) for items in (validation, test)]
+    told = [item.prompt for item in test]
+    lines = []
+    for name in names:
+        for metric, (values, rows, threshold) in every(pairs[0][name], pairs[1][name]).items():
+            prompts = [told[row] for row in rows]
+            line = {"set": "held-out prompts", "metric": f"accuracy of {name}: {metric}", "unit": "%"}
+            line |= {"value": round(100 * float(values.mean()), 1), "n": len(values), "prompts": len(set(prompts))}
+            if interval is not None:
+                line["interval"] = [round(100 * end, 1) for end in interval(values, clusters=prompts)]
+            lines.append(line if threshold is None else {**line, "threshold": round(threshold, 4)})
+    return lines
+
+
+def _judged(scorer: Scorer, names: Sequence[str], items: Sequence[Comparison], batch_size: int) -> dict[str, Pairs]:
+    """Name -> the pairs as the scorer judges them; comparisons are read one after the other."""
+    scores: dict[str, list[list[float]]] = {name: [] for name in names}
+    truths: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    for start in range(0, len(items), batch_size):
+        some = [items[row] for row in range(start, min(start + batch_size, len(items)))]
+        media, prompts = flat(some)
+        conditions = [condition for _, condition, _ in media]
+        judged = scorer.aspects([m for m, *_ in media], prompts, conditions=conditions, batch_size=batch_size)
+        for name in names:
+            scores[name] += [part.tolist() for part in judged[name].split([len(item.media) for item in some])]
+            truths[name] += [liked(item, name) for item in some]
+    return {name: all_pairs(scores[name], truths[name]) for name in names}

@@ -11,11 +11,9 @@ import dataclasses
 import hashlib
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +26,11 @@ from torch import Tensor, nn
 
 from mmalign import storage
 from mmalign.records import Comparison, UserError
-from mmalign.scoring import accuracy, losses
+from mmalign.scoring import losses
+from mmalign.scoring.accuracy import Interval, Some, flat, liked, measured
+from mmalign.scoring.folder import write_scorer
 from mmalign.scoring.head import AspectHeads, tapped, with_mean
-from mmalign.scoring.scorer import Card, Scorer, load_scorer
+from mmalign.scoring.scorer import Scorer, load_scorer
 
 LOSSES = {  # name -> (pairs' loss, whether it learns from ties); `listwise` stands by itself
     "bradley_terry": (lambda run, seed, a, b, label, sigma: losses.bradley_terry(a, b, label), False),
@@ -42,6 +42,7 @@ LOSSES = {  # name -> (pairs' loss, whether it learns from ties); `listwise` sta
     ),
 }
 BLOCK = re.compile(r"(.*?)(resblocks|layers|layer|blocks)\.?(\d+)$")  # open_clip, its ResNets, transformers, timm
+IN_BLOCK = re.compile(r"(resblocks|layers|layer|blocks)\.?\d+\.")
 EARLY = re.compile(r"embed|patch|conv1|ln_pre")  # what stands before a tower's blocks
 
 
@@ -61,7 +62,7 @@ class ScorerRun:
         soft_labels: scores are votes, and a pair's label is their share; else their order alone counts.
         head: put new heads of this kind on the backbone, one an aspect; None trains the scorer as it is.
         aspects: learn these aspects of the comparisons, each by its head (fidelity is also X.fidelity, as mmalign
-            score writes those of a scorer X); empty: the overall score.
+            score writes those of a scorer X, and overall is the score); empty: the overall score by no head of its own.
         taps: layers of a CLIP's image tower whose mean and deviation new heads see too.
         train_batch_size: comparisons of a step.
         eval_batch_size: media judged at once where nothing is learnt.
@@ -71,7 +72,7 @@ class ScorerRun:
         max_grad_norm: gradients are clipped to this norm.
         frozen_fraction: of each tower's blocks, the first ones, with their embeddings; 1 freezes the whole backbone,
             whose features are then computed once.
-        rank: of a LoRA in the backbone (all linear layers of attention); 0 trains the weights that are not frozen.
+        rank: of a LoRA in the attention of a vision-language model; 0 trains the weights that are not frozen.
         max_logit_scale: a CLIP's logit scale is kept below it; ln 100 as in CLIP.
         per_prompt_weights: weigh a comparison by 1 / (how many its prompt has).
         validation_fraction: share of prompts that tune the tie threshold of PickScore's accuracy.
@@ -131,8 +132,11 @@ class ScorerRun:
             )
         if self.head and not self.aspects:
             raise UserError(
-                f"head is {self.head} but aspects is empty; name the aspects, or score for the overall one."
+                f"head is {self.head} but aspects is empty; name the aspects, or overall for the overall score."
             )
+
+        if wrong := [name for name in self.aspects if "." in name or (self.head and name == "score")]:
+            raise UserError(f"aspects has {wrong[0]}; a head's name holds no dot, and the overall score's is overall.")
 
     def rate(self, step: int) -> float:
         """The learning rate of the step after `step` steps."""
@@ -153,8 +157,9 @@ def train_scorer(
     comparisons: Sequence[Comparison],
     test: Sequence[Comparison] | None = None,
     *,
-    interval: Callable[..., tuple[float, float]] | None = None,
+    interval: Interval | None = None,
     watch: Callable[[int, float], None] = lambda step, loss: None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Trains a scorer and measures it on held-out prompts.
 
@@ -164,6 +169,7 @@ def train_scorer(
         test: what it is measured on; default `run.test_fraction` of the prompts.
         interval: of a mean, given values [M] and `clusters` [M], such as `mmalign.evaluation.metrics`'s bootstrap.
         watch: told the step and its loss.
+        device: where it computes.
 
     Returns:
         The folder of the new scorer, which `load_scorer` takes.
@@ -173,12 +179,14 @@ def train_scorer(
     """
     output = Path(run.output_dir)
     last = _checkpoint(run)
-    if last is None:
-        _check(run, chain(comparisons, test or ()))
     fit, validation, held = _split(run, comparisons)
-    if not fit:
+    if test is not None:
+        held = Some(test, range(len(test)))
+        for item in test:
+            _check(run, item)
+    if not len(fit):
         raise UserError(f"{run.dataset_name}: all prompts are held out; lower validation_fraction and test_fraction.")
-    scorer = _start(run)
+    scorer = _start(run, device)
     learning = _unlock(scorer, run)
     learner = _Learner(run, scorer, fit)
     optimizer = torch.optim.AdamW(learning.values(), lr=run.learning_rate, weight_decay=run.adam_weight_decay)
@@ -193,6 +201,10 @@ def train_scorer(
         for group in optimizer.param_groups:
             group["lr"] = run.rate(step)
         loss = learner.loss(step)
+        if not loss.requires_grad:
+            raise UserError(
+                f"{run.scorer}: judges without gradient, as do all that read a VLM's answers; take another."
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning.values(), run.max_grad_norm, error_if_nonfinite=True)
@@ -205,13 +217,13 @@ def train_scorer(
                 save_file({k: v.detach().contiguous() for k, v in learning.items()}, folder / "weights.safetensors")
                 torch.save(optimizer.state_dict(), folder / "optimizer.pt")
                 storage.write_json(folder / "run.json", dataclasses.asdict(run))
-    return _finish(run, scorer, learning, len(fit), validation, held if test is None else test, interval)
+    return _finish(run, scorer, learning, len(fit), validation, held, interval)
 
 
 class _Learner:
     """The loss of a step, from features that were kept where the backbone does not change."""
 
-    def __init__(self, run: ScorerRun, scorer: Scorer, comparisons: Sequence[Comparison]):
+    def __init__(self, run: ScorerRun, scorer: Scorer, comparisons: Some):
         self.run, self.scorer, self.comparisons = run, scorer, comparisons
         self.heads = networks(scorer).get("head")
         self.features = None
@@ -234,7 +246,7 @@ class _Learner:
         weight = self.weight[rows].to(device)
         total, mass = parts["score"].new_zeros(()), parts["score"].new_zeros(())
         for name in run.aspects or ("score",):
-            target = torch.tensor([v for item in items for v in _target(item, name)], device=device)
+            target = torch.tensor([v for item in items for v in liked(item, name)], device=device)
             if run.loss == "listwise":
                 each, of = losses.listwise(parts[name], target, group), group
             else:
@@ -255,28 +267,12 @@ class _Learner:
             return with_mean(self.heads.train()(kept), self.scorer.card.score["head"].get("weights"))
         if isinstance(self.heads, nn.Module):
             self.heads.train()
-        media, prompts = _flat([self.comparisons[row] for row in rows])
+        media, prompts = flat([self.comparisons[row] for row in rows])
         return self.scorer.judge(_prepared(self.scorer, media), prompts)
 
 
 def _order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, size]).permutation(size)
-
-
-def _target(item: Comparison, name: str) -> tuple[float, ...]:
-    if name == "score":
-        return item.score
-    return next(values for key, values in item.aspects.items() if key.rpartition(".")[2] == name)
-
-
-def _flat(items: Sequence[Comparison]) -> tuple[list[tuple[Any, Any, str]], list[str]]:
-    """Media with their condition and name, and prompts, in one row."""
-    media = [
-        (medium, item.condition or (), f"comparison {item.id!r}, medium {place}")
-        for item in items
-        for place, medium in enumerate(item.media)
-    ]
-    return media, [item.prompt for item in items for _ in item.media]
 
 
 def _prepared(scorer: Scorer, media: Sequence[tuple[Any, Any, str]]) -> list[Any]:
@@ -285,41 +281,41 @@ def _prepared(scorer: Scorer, media: Sequence[tuple[Any, Any, str]]) -> list[Any
 
 
 @torch.no_grad()
-def _features(run: ScorerRun, scorer: Any, comparisons: Sequence[Comparison]) -> list[Tensor]:
+def _features(run: ScorerRun, scorer: Any, comparisons: Some) -> list[Tensor]:
     """What aspect heads judge by, [K, width] of each comparison."""
-    media, prompts = _flat(comparisons)
-    rows = [slice(start, start + run.eval_batch_size) for start in range(0, len(media), run.eval_batch_size)]
-    found = torch.cat([scorer.aspect_features(_prepared(scorer, media[some]), prompts[some]) for some in rows])
-    return list(found.split([len(item.media) for item in comparisons]))
+    found = []
+    for place in range(0, len(comparisons), run.train_batch_size):
+        items = [comparisons[row] for row in range(place, min(place + run.train_batch_size, len(comparisons)))]
+        media, prompts = flat(items)
+        kept = scorer.aspect_features(_prepared(scorer, media), prompts)
+        found += kept.split([len(item.media) for item in items])
+    return found
 
 
-def _check(run: ScorerRun, comparisons: Iterable[Comparison]) -> None:
+def _check(run: ScorerRun, item: Comparison) -> None:
     """Raises UserError where a comparison lacks what is to be learnt from it."""
-    for item in comparisons:
-        where = f"{run.dataset_name}, comparison {item.id!r}"
-        if missing := [
-            name for name in run.aspects if name not in {"score", *(key.rpartition(".")[2] for key in item.aspects)}
-        ]:
-            known = ", ".join(item.aspects) or "none"
-            raise UserError(
-                f"{where}: has no aspect {missing[0]!r}, but {known}; choose aspects that all of them have."
-            )
-        if run.soft_labels:
-            for name in run.aspects or ("score",):
-                votes = _target(item, name)
-                if min(votes) < 0 or sorted(votes)[:2] == [0, 0]:
-                    raise UserError(f"{where}: soft_labels needs votes, at most one of them 0, not {votes} ({name}).")
+    where = f"{run.dataset_name}, comparison {item.id!r}"
+    there = {"score", "overall", *(key.rpartition(".")[2] for key in item.aspects)}
+    if missing := [name for name in run.aspects if name not in there]:
+        known = ", ".join(item.aspects) or "none"
+        raise UserError(f"{where}: has no aspect {missing[0]!r}, but {known}; choose aspects that all of them have.")
+    for name in (run.aspects or ("score",)) if run.soft_labels else ():
+        votes = liked(item, name)
+        if min(votes) < 0 or sorted(votes)[:2] == [0, 0]:
+            raise UserError(f"{where}: soft_labels needs votes, at most one of them 0, not {votes} ({name}).")
 
 
-def _split(run: ScorerRun, comparisons: Sequence[Comparison]) -> tuple[list[Comparison], ...]:
+def _split(run: ScorerRun, comparisons: Sequence[Comparison]) -> tuple[Some, Some, Some]:
     """What to fit, to tune and to measure on: whole prompts, dealt by a hash of the prompt alone."""
-    parts: tuple[list[Comparison], ...] = ([], [], [])
-    for item in comparisons:
+    parts: tuple[list[int], ...] = ([], [], [])
+    for row, item in enumerate(comparisons):
+        _check(run, item)
         digest = hashlib.blake2b(item.prompt.encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64
         held = place >= 1 - run.test_fraction and run.test_dataset_name is None
-        parts[2 if held else 1 if place < run.validation_fraction else 0].append(item)
-    return parts
+        parts[2 if held else 1 if place < run.validation_fraction else 0].append(row)
+    fit, validation, test = (Some(comparisons, rows) for rows in parts)
+    return fit, validation, test
 
 
 def _checkpoint(run: ScorerRun) -> Path | None:
@@ -346,10 +342,12 @@ def _checkpoint(run: ScorerRun) -> Path | None:
     return last
 
 
-def _start(run: ScorerRun) -> Scorer:
+def _start(run: ScorerRun, device: str | torch.device) -> Scorer:
     """The scorer to train; with new heads, that are made in the folder `start`, if the run wants them."""
-    scorer = load_scorer(run.scorer)
+    scorer = load_scorer(run.scorer, device)
     if run.head is None:
+        if lost := set(run.aspects) - {*scorer.parts, "score"}:
+            raise UserError(f"{run.scorer}: has no head for {min(lost)}; give head to put new ones on.")
         if scorer.card.score.get("formula") == "cosine":  # losses are in units of logits, as HPSv2's training has it
             score = {**scorer.card.score, "formula": "cosine-logit-scale"}
             scorer.card = dataclasses.replace(scorer.card, score=score)
@@ -371,52 +369,7 @@ def _start(run: ScorerRun) -> Scorer:
     scorer.card.score["head"] = {"kind": run.head, "names": list(run.aspects)}
     with storage.atomic_folder(Path(run.output_dir) / "start") as folder:
         write_scorer(scorer.card, folder, head=heads.state_dict())
-    return load_scorer(Path(run.output_dir) / "start")
-
-
-def write_scorer(
-    card: Card, folder: Path, *, head: dict[str, Tensor] | None = None, backbone: dict[str, Tensor] | None = None
-) -> None:
-    """Writes a whole scorer: its card and every local file that the card names, beside it.
-
-    Args:
-        card: of the scorer it came from; its `folder` is where files are found.
-        folder: to fill.
-        head: new weights of the head.
-        backbone: new weights of the rest; without them those of the card, or their place on a hub, stay.
-    """
-    facts = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name != "folder"}
-    sections = {"weights": dict(card.weights), "score": dict(card.score)}
-    if head is not None:
-        sections["score"]["head"] = {**(card.score.get("head") or {}), **_saved(head, folder / "head.safetensors")}
-    if backbone is not None:
-        sections["weights"] = _saved(backbone, folder / "model.safetensors")
-    facts |= {name: _beside(card, value, folder) for name, value in {"model": card.model, **sections}.items()}
-    if "hub" not in facts["weights"]:
-        facts["weights"]["sha256"] = storage.sha256(folder / facts["weights"]["file"])
-    facts["published"] = list(card.published)
-    (folder / "card.yaml").write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110))
-
-
-def _saved(tensors: dict[str, Tensor], path: Path) -> dict[str, str]:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    return {"file": path.name, "sha256": storage.sha256(path)}
-
-
-def _beside(card: Card, value: Any, folder: Path) -> Any:
-    """The value with every local file that it names copied into `folder` and named from there."""
-    if isinstance(value, dict):
-        return {name: _beside(card, inner, folder) for name, inner in value.items()}
-    if not isinstance(value, str) or not value.strip("./"):
-        return value
-    path = card.path(value)
-    if not Path(value).is_absolute() and (folder / value).exists():  # new weights, written already
-        return value
-    if path.is_file():
-        shutil.copy(path, folder / path.name)
-    elif path.is_dir():
-        shutil.copytree(path, folder / path.name)
-    return path.name if path.exists() else value
+    return load_scorer(Path(run.output_dir) / "start", device)
 
 
 def _unlock(scorer: Scorer, run: ScorerRun) -> dict[str, nn.Parameter]:
@@ -424,19 +377,27 @@ def _unlock(scorer: Scorer, run: ScorerRun) -> dict[str, nn.Parameter]:
     learning = {}
     for part, network in networks(scorer).items():
         whole = part == "head"
+        if run.rank and not hasattr(scorer, "chat"):
+            raise UserError(
+                f"{run.scorer}: rank is for scorers on a vision-language model; lower frozen_fraction instead."
+            )
         if run.rank and not whole:
             from peft import LoraConfig, inject_adapter_in_model
 
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)
-                targets = r".*\.(q|k|v|o|query|key|value|q_proj|k_proj|v_proj|o_proj|out_proj)"
+                targets = r".*\.(q_proj|k_proj|v_proj|o_proj)"
                 inject_adapter_in_model(LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=targets), network)
         elif not whole:
             frozen = _frozen(network, run.frozen_fraction)
         for name, parameter in network.items() if isinstance(network, dict) else network.named_parameters():
             parameter.requires_grad_(False)
-            chosen = whole or ("lora_" in name if run.rank else run.frozen_fraction < 1 and not name.startswith(frozen))
-            if chosen and not (run.frozen_fraction > 0 and EARLY.search(name) and not whole and not run.rank):
+            if run.rank:
+                chosen = whole or "lora_" in name
+            else:
+                held = run.frozen_fraction > 0 and EARLY.search(name) and not IN_BLOCK.search(name)
+                chosen = whole or (run.frozen_fraction < 1 and not name.startswith(frozen) and not held)
+            if chosen:
                 learning[f"{part}.{name}"] = parameter.requires_grad_(True)
     if not learning:
         raise UserError(f"{run.scorer}: nothing of it would learn; lower frozen_fraction, or give rank or head.")
@@ -465,9 +426,11 @@ def _frozen(network: nn.Module, fraction: float) -> tuple[str, ...]:
 
 def _texts(scorer: Any, prompts: Sequence[str]) -> Tensor:
     """A CLIP's text embeddings of length 1 with gradient, and so none is remembered."""
+    from mmalign.scoring.clip import ordinary
+
     unique = list(dict.fromkeys(prompts))
     prefix = scorer.card.score.get("prefix", "")
-    tokens = scorer.tokenizer([prefix + prompt for prompt in unique]).to(scorer.device)
+    tokens = scorer.tokenizer([ordinary(prefix + prompt, scorer.tokenizer) for prompt in unique]).to(scorer.device)
     found = nn.functional.normalize(scorer.model.encode_text(tokens), dim=-1)
     return found[[unique.index(prompt) for prompt in prompts]]
 
@@ -487,9 +450,9 @@ def _finish(
     scorer: Scorer,
     learning: dict[str, Any],
     fitted: int,
-    validation: Sequence[Comparison],
-    test: Sequence[Comparison],
-    interval: Callable[..., tuple[float, float]] | None,
+    validation: Some,
+    test: Some,
+    interval: Interval | None,
 ) -> Path:
     """Writes the scorer, then measures what was written and completes its card."""
     parts = networks(scorer)
@@ -518,52 +481,9 @@ def _finish(
     target = Path(run.output_dir) / "scorer"
     with storage.atomic_folder(target) as folder:
         write_scorer(card, folder, **made)
-        new = load_scorer(folder)
+        new = load_scorer(folder, getattr(scorer, "device", "cpu"))
         found = tuple(measured(new, run.aspects or ("score",), validation, test, run.eval_batch_size, interval))
         facts = yaml.safe_load((folder / "card.yaml").read_text())
         facts["published"] = [{**line, "source": "measured by mmalign train-scorer"} for line in found]
         (folder / "card.yaml").write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110))
     return target
-
-
-def measured(
-    scorer: Scorer,
-    names: Sequence[str],
-    validation: Sequence[Comparison],
-    test: Sequence[Comparison],
-    batch_size: int = 64,
-    interval: Callable[..., tuple[float, float]] | None = None,
-) -> list[dict[str, Any]]:
-    """Lines for a card's `published`: every accuracy of `mmalign.scoring.accuracy` on held-out prompts.
-
-    Args:
-        scorer: whom to measure.
-        names: aspects, or "score".
-        validation: comparisons that tune PickScore's threshold.
-        test: comparisons that are measured.
-        batch_size: media judged at once.
-        interval: as `train_scorer`; whole prompts are drawn.
-    """
-    said: list[list[dict[str, list[float]]]] = []
-    for items in (validation, test):
-        media, prompts = _flat(items)
-        judged = scorer.aspects(
-            [m for m, *_ in media], prompts, conditions=[c for _, c, _ in media], batch_size=batch_size
-        )
-        sizes = [len(item.media) for item in items]
-        split = {name: values.split(sizes) for name, values in judged.items() if len(values)}
-        said.append([{name: split[name][place].tolist() for name in names} for place in range(len(items))])
-    lines = []
-    for name in names:
-        pairs = [
-            accuracy.all_pairs([row[name] for row in rows], [_target(item, name) for item in items])
-            for rows, items in zip(said, (validation, test), strict=True)
-        ]
-        for metric, (values, rows, threshold) in accuracy.every(*pairs).items():
-            prompts = [test[row].prompt for row in rows]
-            line = {"set": "held-out prompts", "metric": f"accuracy of {name}: {metric}", "unit": "%"}
-            line |= {"value": round(100 * float(values.mean()), 1), "n": len(values), "prompts": len(set(prompts))}
-            if interval is not None:
-                line["interval"] = [round(100 * end, 1) for end in interval(values, clusters=prompts)]
-            lines.append(line if threshold is None else {**line, "threshold": round(threshold, 4)})
-    return lines

@@ -183,6 +183,15 @@ def test_a_batch_is_the_mean_of_its_pairs_by_weight(clip, tmp_path):
     assert seen[0] == pytest.approx((each[0] + 0.5 * each[1]) / 1.5, rel=1e-4)
 
 
+def test_one_head_for_the_overall_score_and_a_test_set_of_its_own(clip, tmp_path):
+    mine = run(clip, tmp_path, **(HEADS | {"aspects": ("overall",)}), test_dataset_name="other")
+    folder = train_scorer(mine, data(), data(10, seed=5))
+    (line, *_) = load_scorer(folder).card.published
+    assert line["metric"].startswith("accuracy of overall: imagereward")
+    assert line["prompts"] == 10
+    assert line["value"] > 80
+
+
 def test_held_out_prompts_are_whole_and_the_same_in_any_order(clip):
     from mmalign.scoring.fit import _split
 
@@ -207,6 +216,8 @@ def test_held_out_prompts_are_whole_and_the_same_in_any_order(clip):
         ({"resume_from_checkpoint": True}, "no whole checkpoint"),
         ({"frozen_fraction": 0.5, "soft_labels": True, "aspects": ("dark",)}, "soft_labels needs votes"),
         ({"frozen_fraction": 0.5, "loss": "uncertainty"}, "gives no sigma"),
+        ({"frozen_fraction": 0.5, "aspects": ("bright",)}, "has no head for bright"),
+        ({"rank": 4}, "rank is for scorers on a vision-language model"),
         ({"validation_fraction": 1.0}, "all prompts are held out"),
     ],
 )
@@ -221,6 +232,8 @@ def test_what_cannot_be_is_one_sentence(clip, tmp_path, settings, message):
         ({"k": 1.0}, "k is 1.0"),
         ({"frozen_fraction": 2.0}, "frozen_fraction is 2.0"),
         ({"head": "linear"}, "aspects is empty"),
+        ({"head": "linear", "aspects": ("score",)}, "the overall score's is overall"),
+        ({"head": "linear", "aspects": ("x.y",)}, "holds no dot"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"max_train_steps": 0}, "max_train_steps is 0"),
     ],
