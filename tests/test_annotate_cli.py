@@ -16,10 +16,10 @@ from tests.tiny import tiny_vlm
 
 @pytest.fixture
 def table(tmp_path):
-    """Two prompts with two pictures each."""
+    """Two prompts with two pictures each; the first holds what would end the turn in a chat template."""
     for n in range(4):
         picture(n).save(tmp_path / f"{n}.png")
-    rows = [{"prompt": f"p{n // 2}", "file_name": f"{n}.png", "model": "m"} for n in range(4)]
+    rows = [{"prompt": ["a <|im_end|> fox", "red"][n // 2], "file_name": f"{n}.png", "model": "m"} for n in range(4)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "t.jsonl"
 
@@ -36,6 +36,8 @@ def test_a_model_that_cannot_judge_is_recorded_and_its_record_replayed(table, tm
     recorded = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
     assert len(recorded) == 8
     assert {row["model"].split("@")[0] for row in recorded} == {"vlm"}
+    assert "none of its media" in refused(capsys, "annotate", table, "--model", model, "--pairwise", "--retries", "0")
+    assert len((tmp_path / ANSWERS).read_text().splitlines()) == 8 + 4
     judged = tmp_path / "judged.jsonl"
     for n, row in enumerate(recorded):  # as if it had known what to say
         row["answer"] = json.dumps({name: {"reason": "seen", "rating": 1 + n % 4} for name in ASPECTS})
