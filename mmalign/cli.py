@@ -26,7 +26,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   annotate PATH         have a vision-language model judge pictures in four aspects
   pairs SCORED          preference data of what was scored
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
-  scorers               list the bundled scorers
+  scorers [NAME]        list the bundled scorers, or tell all about one
   demo                  compare base and aligned model in the browser
 """
 
@@ -326,12 +326,14 @@ def user(argv: Sequence[str]) -> None:
     run_command(argv)
 
 
-def scorers() -> None:
-    """Lists the bundled scorers."""
-    from mmalign.scoring.scorer import list_scorers
+def scorers(argv: Sequence[str]) -> None:
+    """Lists the bundled scorers, or tells everything about one."""
+    from mmalign.commands import list_scorers, show_scorer
 
-    for card in list_scorers():
-        print(f"{card.name:<20}{card.about}")
+    if argv in ([], ["--help"], ["-h"]):
+        list_scorers()
+    else:
+        show_scorer(argv[0])
 
 
 def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> None:
@@ -358,7 +360,6 @@ FLAGS: dict[str, Callable[..., None]] = {
     "score": score,
     "annotate": annotate,
     "pairs": pairs,
-    "scorers": scorers,
     "demo": demo,
 }
 OWN: dict[str, Callable[[Sequence[str]], None]] = {
@@ -366,6 +367,7 @@ OWN: dict[str, Callable[[Sequence[str]], None]] = {
     "train-scorer": train_scorer,
     "cache": cache,
     "recipes": recipes,
+    "scorers": scorers,
     "user": user,
 }
 

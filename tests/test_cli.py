@@ -216,3 +216,15 @@ def test_help_and_import_load_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "quickstart" in done.stdout
     assert re.search(r"HEAVY \[\]", done.stdout)
+
+
+def test_scorers_are_listed_and_told(capsys):
+    main(["scorers"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert re.search(r"image\s+Apache-2.0\s+4\.\d MB\s+here\s+95\.7% pair accuracy", lines["embedded-hps"])
+    assert re.search(r"986 M parameters\s+not here\s+83\.3% pair accuracy \(official\), HPDv2 test", lines["hpsv2"])
+    main(["scorers", "embedded-hps"])
+    said = capsys.readouterr().out
+    assert "comparable across prompts no" in said
+    assert "pair accuracy, oracle on embedded scenes" in said
+    assert "did you mean 'hpsv2'" in refused(capsys, "scorers", "hpsv")

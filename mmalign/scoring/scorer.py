@@ -42,6 +42,7 @@ class Card:
         model, weights, preprocess, score: read by the family.
         comparable_across_prompts: whether two scores mean something when their prompts differ.
         batch_invariant: whether a score is the same in any batch, to rounding.
+        size: of weights that are fetched, such as "986 M parameters".
         published: accuracy figures, each with its set, metric, value and source.
     """
 
@@ -57,6 +58,7 @@ class Card:
     batch_invariant: bool = True
     licence: str = "unknown"
     about: str = ""
+    size: str = ""
     published: tuple[dict[str, Any], ...] = ()
 
     @classmethod
@@ -191,11 +193,11 @@ def list_scorers() -> list[Card]:
     return [Card.read(path.parent) for path in sorted(bundled("scorers").glob("*/card.yaml"))]
 
 
-def load_scorer(name_or_folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
-    """Loads a scorer by its bundled name, or from any folder with a `card.yaml`.
+def find_card(name_or_folder: str | Path) -> Card:
+    """The card of a scorer by its bundled name, or of any folder with a `card.yaml`.
 
     Raises:
-        UserError: no such scorer, a broken card, or weights that are missing, unreachable or not the card's.
+        UserError: no such scorer, or a broken card.
     """
     given, kept = Path(name_or_folder), bundled("scorers") / str(name_or_folder)
     folder = given if (given / "card.yaml").is_file() or not (kept / "card.yaml").is_file() else kept
@@ -203,9 +205,19 @@ def load_scorer(name_or_folder: str | Path, device: str | torch.device = "cpu") 
         names = [card.name for card in list_scorers()]
         hint = nearest(str(name_or_folder), names) or f"; bundled: {', '.join(names)}"
         raise UserError(f"There is no scorer {str(name_or_folder)!r}{hint} (or give a folder with a card.yaml).")
-    card = Card.read(folder)
+    return Card.read(folder)
+
+
+def load_scorer(name_or_folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+    """Loads a scorer by its bundled name, or from any folder with a `card.yaml`.
+
+    Raises:
+        UserError: no such scorer, a broken card, or weights that are missing, unreachable or not the card's.
+    """
+    card = find_card(name_or_folder)
     if card.family not in FAMILIES:
-        raise UserError(f"{folder / 'card.yaml'}: unknown family {card.family!r}{nearest(card.family, FAMILIES)}.")
+        where = card.folder / "card.yaml"
+        raise UserError(f"{where}: unknown family {card.family!r}{nearest(card.family, FAMILIES)}.")
     return import_module(FAMILIES[card.family]).load(card, device)
 
 

@@ -52,6 +52,31 @@ def fetch(card: Card, source: dict[str, Any]) -> Path:
         ) from error
 
 
+def on_disk(card: Card) -> int | None:
+    """Bytes of a scorer's weights on this machine; None where some have to be fetched or put there first."""
+    from huggingface_hub import try_to_load_from_cache
+
+    total = 0
+    for source in (card.weights, card.score.get("head") or {}):
+        name = source.get("file", "model.safetensors")
+        if "hub" in source:
+            cached = try_to_load_from_cache(source["hub"], name, revision=source.get("revision"))
+            path = Path(cached) if isinstance(cached, str) else None
+        else:
+            path = card.path(name) if source else None
+        if source and not (path and path.is_file()):
+            return None
+        total += path.stat().st_size if path else 0
+    if "transformers" in card.model and not card.weights:
+        folder = card.path(card.model["transformers"])
+        config = try_to_load_from_cache(card.model["transformers"], "config.json") if not folder.is_dir() else None
+        folder = Path(config).parent if isinstance(config, str) else folder
+        if not folder.is_dir():
+            return None
+        total += sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    return total
+
+
 def state_dict(card: Card, source: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Reads the tensors of a `.safetensors`, or of a checkpoint under `key`, on the CPU.
 
