@@ -227,4 +227,4 @@ def test_scorers_are_listed_and_told(capsys):
     said = capsys.readouterr().out
     assert "comparable across prompts no" in said
     assert "pair accuracy, oracle on embedded scenes" in said
-    assert "did you mean 'hpsv2'" in refused(capsys, "scorers", "hpsv")
+    assert "did you mean 'pickscore'" in refused(capsys, "scorers", "pikscore")

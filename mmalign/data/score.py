@@ -74,6 +74,8 @@ def score_media(
     target = Path(output) if output else source.output
     if target.suffix not in (".csv", ".parquet"):
         raise UserError(f"{target}: scores are written as .csv or .parquet; end the name with one of them.")
+    if source.kind != "candidates" and target.exists() and target.resolve() == Path(source.name).resolve():
+        raise UserError(f"{target}: is what is to be scored; write the scores elsewhere by --output.")
     first = next(iter(source.rows()), None)
     if first is None:
         raise UserError(f"{source.name}: has no rows to score.")

@@ -17,7 +17,7 @@ import mmalign
 from mmalign import storage
 from mmalign.data.cache import Cache, Cached, Facts, digest, verify
 from mmalign.data.fill import Fill, Stage, silent
-from mmalign.data.importers import read_comparisons
+from mmalign.data.importers import Dataset, read_comparisons
 from mmalign.records import UserError
 from mmalign.training.run import Run
 
@@ -48,7 +48,7 @@ def cache_of(run: Run, dtype: torch.dtype, device: Any, *, modality: Any = None,
         made = modality or mmalign.load(source, dtype=dtype, device=device, vae=vae, only="encoders")
         return framed(made, run)
 
-    data = read_comparisons(run.dataset_name, split=run.dataset_split, limit=run.max_train_samples, strict=False)
+    data = read_data(run, strict=False)
     return Fill(
         Path(run.cache_dir),
         facts_of(run, dtype),
@@ -59,6 +59,18 @@ def cache_of(run: Run, dtype: torch.dtype, device: Any, *, modality: Any = None,
         workers=max(run.dataloader_num_workers, min(4, os.cpu_count() or 1)),
         stage=stage,
     )()
+
+
+def read_data(run: Run, *, strict: bool) -> Dataset:
+    """The comparisons of a run; see `read_comparisons`."""
+    return read_comparisons(
+        run.dataset_name,
+        split=run.dataset_split,
+        limit=run.max_train_samples,
+        fraction=run.dataset_fraction,
+        aspect=run.aspect,
+        strict=strict,
+    )
 
 
 def verify_cache(run: Run, dtype: torch.dtype) -> list[str]:
@@ -95,6 +107,8 @@ def facts_of(run: Run, dtype: torch.dtype) -> Facts:
             "name": run.dataset_name,
             "split": run.dataset_split,
             "limit": run.max_train_samples,
+            "fraction": run.dataset_fraction,
+            "aspect": run.aspect,
             "files": _listing(Path(run.dataset_name)),
         },
     )

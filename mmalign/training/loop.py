@@ -22,7 +22,7 @@ from mmalign.data.loader import Batches, decode
 from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
 from mmalign.training import checkpoint, hub
-from mmalign.training.cached import as_it_is, cache_of, reference_of
+from mmalign.training.cached import as_it_is, cache_of, read_data, reference_of
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
 from mmalign.training.prepare import make_accelerator, make_optimizer, prepare_policy
@@ -316,9 +316,7 @@ def _check_first(run: Run, step: Step, batches: Batches) -> None:
 
 
 def _read(run: Run, say: Callable[[str], None]) -> Sequence[Comparison]:
-    from mmalign.data.importers import read_comparisons
-
-    data = read_comparisons(run.dataset_name, split=run.dataset_split, limit=run.max_train_samples)
+    data = read_data(run, strict=True)
     say(f"{run.dataset_name}: " + ", ".join(f"{count:,} {name}" for name, count in data.counts.items()) + ".")
     return data.comparisons
 

@@ -24,7 +24,9 @@ class Run:
         lora: a LoRA to start from; the reference is then that LoRA.
         resolution: side of the training pictures in pixels; None for the model's own.
         max_train_samples: read no more comparisons than this.
+        dataset_fraction: read the first share of them, in (0, 1].
         dataset_split: of a hub data set.
+        aspect: learn this aspect of the comparisons (such as fidelity) instead of the overall score.
         score_scale: (low, high) of the scores over the data, mapped to 0 and 1 for methods that use their size (SmPO,
             RankDPO); None takes them as they are.
         train_batch_size: comparisons a process takes at once (a pair is two samples).
@@ -88,7 +90,9 @@ class Run:
     lora: str | None = None
     resolution: int | None = None
     max_train_samples: int | None = None
+    dataset_fraction: float | None = None
     dataset_split: str = "train"
+    aspect: str | None = None
     score_scale: tuple[float, float] | None = None
     train_batch_size: int = 1
     gradient_accumulation_steps: int = 1

@@ -316,6 +316,9 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path):
     folder = candidates(tmp_path / "c")
     with pytest.raises(UserError, match=r"\.csv or \.parquet"):
         score_media(open_source(folder), {"red": Red()}, tmp_path / "x.txt")
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a", "path": "x.png"}]), tmp_path / "scores.parquet")
+    with pytest.raises(UserError, match="is what is to be scored"):
+        score_media(open_source(tmp_path / "scores.parquet"), {"red": Red()})
     with pytest.raises(UserError, match="holds image, but red judges text"):
         score_media(open_source(folder), {"red": Red(judges="text")})
 

@@ -12,7 +12,7 @@ from mmalign.data.users import Users, write_users
 from mmalign.objectives import PPD, DiffusionDPO, InPO, MaPO, RankDPO, SmPO
 from mmalign.records import UserError
 from mmalign.surrogate import DDIMInversion, FreshNoise, ReNoise
-from mmalign.training.cached import cache_of, facts_of, fingerprints
+from mmalign.training.cached import cache_of, facts_of, fingerprints, read_data
 from mmalign.training.loop import train
 from mmalign.training.run import Run
 from tests.conftest import picture
@@ -188,6 +188,7 @@ def test_what_changes_an_encoder_changes_the_cache(recipe, tmp_path, tiny_sd15):
     assert folders(aspect_buckets=True) == [False, True, False]
     assert folders(pretrained_vae_model_name_or_path=str(tiny_sd15 / "vae")) == [False, True, False]
     assert folders(max_train_samples=3) == [True, True, False]
+    assert folders(dataset_fraction=0.5) == folders(aspect="fidelity") == [True, True, False]
     assert folders(pretrained_model_name_or_path=str(tiny_sd15)) == [False, False, False]
     larger = shutil.copytree(recipe.pretrained_model_name_or_path, tmp_path / "larger")
     config = larger / "unet" / "config.json"
@@ -197,6 +198,17 @@ def test_what_changes_an_encoder_changes_the_cache(recipe, tmp_path, tiny_sd15):
     assert folders(pretrained_model_name_or_path=str(other)) == [False, False, False]
     half = facts_of(run, torch.bfloat16)
     assert half.folder(tmp_path, "media") != own.folder(tmp_path, "media")
+
+
+def test_an_aspect_and_a_share_of_the_data(recipe, tmp_path, pairs):
+    judged = [replace(item, aspects={"fidelity": item.score[::-1], "looks": (0.5, 0.25)}) for item in pairs]
+    write_comparisons(tmp_path / "judged", judged)
+    run = replace(recipe, dataset_name=str(tmp_path / "judged"), dataset_fraction=0.5, aspect="fidelity")
+    found = list(read_data(run, strict=True).comparisons)
+    assert [item.score for item in found] == [item.score[::-1] for item in pairs[:6]]
+    same(losses(run, tmp_path, cache_dir=str(tmp_path / "cache")), losses(run, tmp_path))
+    with pytest.raises(UserError, match="has no aspect 'taste', but fidelity, looks"):
+        read_data(replace(run, aspect="taste"), strict=True)
 
 
 def test_an_edited_file_is_seen(tmp_path, tiny_sdxl):
