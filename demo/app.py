@@ -51,7 +51,8 @@ class Compare:
         self.modality = mmalign.load(base or embedded.path(), lora=lora)
         self.views = WeightViews(self.modality)
         self.aligned = lora is not None
-        cards = [card for card in list_scorers() if card.judges == "image" and "hub" not in card.weights]
+        bundled = [c for c in list_scorers() if "hub" not in c.weights and "transformers" not in c.model]
+        cards = [card for card in bundled if card.judges == "image"]
         self.about = {card.name: card.about for card in cards}
         self.scorers = {card.name: mmalign.load_scorer(card.folder) for card in cards}
 
