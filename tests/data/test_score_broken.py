@@ -102,16 +102,15 @@ def test_ten_thousand_rows_three_percent_broken_killed_twice(tmp_path):
     assert whole.returncode == 0
     assert "9700 scored, 300 not scored" in said
     found = check(tmp_path / "whole.parquet", 10_000, bad)
-    parts = []
-    for after in (0.4, 0.7):
+    folder = tmp_path / ".killed.parquet.parts"
+    for parts in (5, 20):  # of forty
         victim = process(tmp_path / "killed.parquet")
-        with pytest.raises(subprocess.TimeoutExpired):
-            victim.wait(after * took)
+        while victim.poll() is None and len(list(folder.glob("[!.]*.parquet"))) < parts:
+            time.sleep(0.05)
         os.kill(victim.pid, signal.SIGKILL)
         victim.communicate()
-        parts.append(len(list((tmp_path / ".killed.parquet.parts").glob("*.parquet"))))
-    assert 0 < parts[0] <= parts[1]
+        assert victim.returncode == -signal.SIGKILL
     assert process(tmp_path / "killed.parquet").wait() == 0
     assert pq.read_table(tmp_path / "killed.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
-    assert not (tmp_path / ".killed.parquet.parts").exists()
-    print(f"10,000 rows in {took:.0f} s; parts when killed {parts}; {dict(found)}")
+    assert not folder.exists()
+    print(f"10,000 rows in {took:.0f} s; {dict(found)}")
