@@ -14,9 +14,12 @@ from mmalign.scoring.scorer import Scorer
 class Brightness(Scorer):
     """A scorer whose medium is its own score."""
 
-    def score(self, media, prompts, *, batch_size=32):
-        assert len(media) == len(prompts)
-        return torch.tensor([float(m) for m in media])
+    def prepare(self, medium, *, condition=(), name=""):
+        return float(medium)
+
+    def judge(self, prepared, prompts):
+        assert len(prepared) == len(prompts)
+        return {"score": torch.tensor(prepared)}
 
 
 def result(n=40, shift=1.0, seed=0):
