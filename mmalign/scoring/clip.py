@@ -104,10 +104,20 @@ class ClipScorer(PictureScorer):
         with torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(new), 64):
                 some = new[start : start + 64]
-                self.texts.update(
-                    zip(some, F.normalize(self.model.encode_text(self.tokens(some)), dim=-1), strict=True)
-                )
+                self.texts.update(zip(some, F.normalize(read_text(self.model, self.tokens(some)), dim=-1), strict=True))
         return torch.stack([self.texts[p] for p in prompts])
+
+
+def read_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """`model.encode_text` of tokens [N, L], no further than to the last end of text: nothing before sees the rest."""
+    if getattr(model, "text_pool_type", "") != "argmax" or getattr(model, "attn_mask", None) is None:
+        return model.encode_text(tokens)
+    ends = tokens.argmax(-1)
+    length = int(ends.max()) + 1
+    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    x, projection = x[torch.arange(len(x), device=x.device), ends], model.text_projection
+    return projection(x) if isinstance(projection, nn.Module) else x if projection is None else x @ projection
 
 
 FORMULAS = {

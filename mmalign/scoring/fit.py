@@ -426,12 +426,12 @@ def _frozen(network: nn.Module, fraction: float) -> tuple[str, ...]:
 
 def _texts(scorer: Any, prompts: Sequence[str]) -> Tensor:
     """A CLIP's text embeddings of length 1 with gradient, and so none is remembered."""
-    from mmalign.scoring.clip import ordinary
+    from mmalign.scoring.clip import ordinary, read_text
 
     unique = list(dict.fromkeys(prompts))
     prefix = scorer.card.score.get("prefix", "")
     tokens = scorer.tokenizer([ordinary(prefix + prompt, scorer.tokenizer) for prompt in unique]).to(scorer.device)
-    found = nn.functional.normalize(scorer.model.encode_text(tokens), dim=-1)
+    found = nn.functional.normalize(read_text(scorer.model, tokens), dim=-1)
     return found[[unique.index(prompt) for prompt in prompts]]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from mmalign import bundled
 from mmalign.records import UserError
 from mmalign.scoring import Card, load_scorer
+from mmalign.scoring.clip import read_text
 from mmalign.scoring.head import KINDS, AspectHeads, make_head
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "scorers"
@@ -104,11 +105,25 @@ def test_scores_do_not_depend_on_the_batch(tiny):
     assert tiny.score([], []).shape == (0,)
 
 
-def test_each_prompt_is_encoded_once(tmp_path, monkeypatch):
+def test_padding_is_not_read_and_does_not_matter(tiny):
+    prompts = ["a fox", "a red fox by the river", HPS["prompts"][0], "fox " * 200]
+    for some in (prompts[:2], prompts[:3], prompts):
+        tokens = tiny.tokens(some)
+        lengths = []
+        with (
+            torch.no_grad(),
+            tiny.model.token_embedding.register_forward_hook(
+                lambda layer, given, out, n=lengths: n.append(out.shape[1])
+            ),
+        ):
+            torch.testing.assert_close(read_text(tiny.model, tokens), tiny.model.encode_text(tokens), atol=1e-6, rtol=0)
+        assert lengths == [int((tokens != 0).sum(1).max()), 77]
+
+
+def test_each_prompt_is_encoded_once(tmp_path):
     scorer = load(tmp_path)
     seen = []
-    encode = scorer.model.encode_text
-    monkeypatch.setattr(scorer.model, "encode_text", lambda tokens: seen.append(len(tokens)) or encode(tokens))
+    scorer.model.token_embedding.register_forward_hook(lambda layer, given, out: seen.append(len(given[0])))
     scorer.score([picture("square_224.png")] * 4, ["a", "b", "a", "a"], batch_size=2)
     scorer.score([picture("small_100x60.png")], ["b"])
     assert sum(seen) == 2
