@@ -77,7 +77,7 @@ class Preprocess:
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """[3, H, W] float32 in [0, 1], kept in the picture's channels-last memory: same values, half the time."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255)
 
 
 def bicubic(pixels: torch.Tensor, height: int, width: int, antialias: bool) -> torch.Tensor:
