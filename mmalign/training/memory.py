@@ -81,12 +81,8 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        model = _fake(skeleton.parts["network"], dtype)
-        model.requires_grad_(not run.use_lora).train()
-        if run.users:
-            _stand_in(model)
-        elif run.use_lora:
-            _wrap(model, run, skeleton.lora_targets)
+        model = fake(skeleton.parts["network"], dtype)
+        prepare_fake(model, run, skeleton.lora_targets)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         blocks, kept = [0], Saved(model)
 
@@ -106,6 +102,15 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
         with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)), kept:
             model(**inputs)
     return trained, kept.bytes + max(blocks)
+
+
+def prepare_fake(model: Any, run: Run, targets: Sequence[str]) -> None:
+    """What `prepare_policy` does to a network, for one on fake tensors; checkpointing is left to the caller."""
+    model.requires_grad_(not run.use_lora).train()
+    if run.users:
+        _stand_in(model)
+    elif run.use_lora:
+        _wrap(model, run, targets)
 
 
 class _WithLoRA(nn.Module):
@@ -152,7 +157,7 @@ def _wrap(model: nn.Module, run: Run, default: Sequence[str]) -> None:
             setattr(owner, child, _WithLoRA(getattr(owner, child), run.rank))
 
 
-def _fake(network: Any, dtype: torch.dtype) -> Any:
+def fake(network: Any, dtype: torch.dtype) -> Any:
     """The network anew on fake tensors; made in its dtype, as fake parameters cannot change theirs."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
