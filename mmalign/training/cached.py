@@ -214,6 +214,7 @@ def reference_of(run: Run, cache: Cache, step: Any, dtype: torch.dtype, *, stage
         "dtype": str(dtype),
         "precision": step.accelerator.mixed_precision,
         "attention": step.modality.attention,
+        "kernels": [run.compile, run.channels_last],
         "device": step.accelerator.device.type,
         "draw": repr(step.draw),
         "draws": run.draws_per_sample,

@@ -26,10 +26,11 @@ from mmalign.training import checkpoint, hub
 from mmalign.training.cached import as_it_is, cache_of, read_data, reference_of
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
-from mmalign.training.prepare import make_accelerator, make_optimizer, prepare_policy
+from mmalign.training.prepare import compile_blocks, make_accelerator, make_optimizer, prepare_attention, prepare_policy
 from mmalign.training.run import Run
 from mmalign.training.step import Meter, Step, feedback_of
 from mmalign.training.validate import Validation
+from mmalign.training.views import WeightViews
 
 Watch = Callable[[int, dict[str, float]], None]
 
@@ -73,7 +74,8 @@ def train(
     if modality is None:
         members = len(comparisons[0].media) if len(comparisons) else 2
         modality = _load(run, accelerator, members, say)
-    views = prepare_policy(modality, run)
+    say(prepare_attention(modality, run, accelerator))
+    views = _prepare(run, modality, say)
     reference = None
     if run.cache_reference and cache:
         untouched = Step(run, modality, as_it_is, accelerator, cache)
@@ -332,10 +334,18 @@ def caches(run: Run, accelerator: Any, *, stage: Stage = silent, say: Callable[[
     cache = _cached(run, accelerator, None, stage, say)
     if run.cache_reference:
         modality = _load(run, accelerator, len(cache[0].media), say)
-        prepare_policy(modality, run)
+        say(prepare_attention(modality, run, accelerator))
+        _prepare(run, modality, say)
         step = Step(run, modality, as_it_is, accelerator, cache)
         reference_of(run, cache, step, dtype_of(run, accelerator), stage=stage)
     return cache
+
+
+def _prepare(run: Run, modality: Any, say: Callable[[str], None]) -> WeightViews:
+    views = prepare_policy(modality, run)
+    if run.compile:
+        compile_blocks([network for network in (modality.network, views.frozen) if network], run, say)
+    return views
 
 
 def _cached(run: Run, accelerator: Any, modality: Any, stage: Stage, say: Callable[[str], None]) -> Cache:
