@@ -279,6 +279,7 @@ def evaluate(
     """
     logp: dict[View, Tensor] = {}
     predictions: dict[View, Tensor] = {}
+    # One network may be every view (LoRA on or off): asked last, a reference would add to the policy's activations
     for view in needs:
         if known is not None and view in known:
             logp[view] = known[view]

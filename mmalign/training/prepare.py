@@ -110,7 +110,7 @@ def compile_blocks(networks: Sequence[Any], run: Run, say: Callable[[str], None]
     """Compiles the blocks that networks repeat; blocks alike share their code, so it is made once for each kind.
 
     A kind is made for each of policy and reference (adapters on and off) and once more when shapes turn out to vary.
-    Checkpointing stays outside of the compiled blocks.
+    Checkpointing stays outside of diffusers' blocks; the layers of transformers checkpoint inside of themselves.
 
     Args:
         networks: copies of one network.

@@ -16,7 +16,7 @@ from mmalign.data.cache import Cache
 from mmalign.data.export import write_comparisons
 from mmalign.objectives import DiffusionDPO, InPO, MaPO
 from mmalign.records import Comparison
-from mmalign.surrogate import Likelihood
+from mmalign.surrogate import DDIMInversion, Likelihood
 from mmalign.training import memory, prepare
 from mmalign.training.loop import train
 from mmalign.training.run import Run
@@ -183,14 +183,20 @@ def prepared(run, device=None):
     return Step(run, modality, views, accelerator)
 
 
-@pytest.mark.parametrize("objective", [DiffusionDPO(beta=2000), MaPO(beta=0.1, snr=0.5, T=1000), InPO(beta=100.0)])
-@pytest.mark.parametrize("backward", ["plain", "two-pass"])
+@pytest.mark.parametrize(
+    ("objective", "backward"),
+    [
+        (DiffusionDPO(beta=2000), "plain"),
+        (MaPO(beta=0.1, snr=0.5, T=1000), "two-pass"),
+        (InPO(beta=100.0, draw=DDIMInversion(steps=1)), "plain"),
+    ],
+)
 def test_a_micro_batch_reads_nothing_from_the_device(recipe, pairs, objective, backward):
     """On the meta device whatever would wait for a number raises, as there is none."""
     step = prepared(replace(recipe, objective=objective, backward=backward), "meta")
     meter = Meter()
-    for _ in range(2):
-        probe, feedback = step.probe(pairs[:2], [0, 0])
+    for pair in pairs[:2]:
+        probe, feedback = step.probe([pair], [0])
         likelihood, loss = step.backward(probe, feedback, 1.0, last=True)
         meter.add(likelihood, loss, feedback)
     grad_norm = torch.nn.utils.clip_grad_norm_(step.modality.network.parameters(), 1.0)
@@ -288,4 +294,4 @@ def test_two_pass_holds_no_more_for_longer_lists(recipe, backward):
             step.backward(probe, feedback, 1.0, last=True)
         peaks.append(Held.peak)
     # The objective's own N numbers grow, a network's activations do not
-    assert peaks[2] == pytest.approx(peaks[0], rel=0.05) if backward == "two-pass" else peaks[2] > 7 * peaks[0]
+    assert peaks[2] == pytest.approx(peaks[0], rel=0.05) if backward == "two-pass" else peaks[2] > 3 * peaks[0]
