@@ -27,6 +27,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   pairs SCORED          preference data of what was scored
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers [NAME]        list the bundled scorers, or tell all about one
+  doctor                what is installed, whether it works together, and what to do
   demo                  compare base and aligned model in the browser
 """
 
@@ -336,6 +337,13 @@ def scorers(argv: Sequence[str]) -> None:
         show_scorer(argv[0])
 
 
+def doctor() -> None:
+    """Tells what is installed, whether it works together, and what to do; exit code 0 when quickstart would work."""
+    from mmalign.doctor import main
+
+    sys.exit(main())
+
+
 def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> None:
     """Opens the Compare page on this machine.
 
@@ -360,6 +368,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "score": score,
     "annotate": annotate,
     "pairs": pairs,
+    "doctor": doctor,
     "demo": demo,
 }
 OWN: dict[str, Callable[[Sequence[str]], None]] = {

@@ -289,6 +289,47 @@ def test_auto_on_the_cpu_does_nothing_and_an_unknown_name_is_one_sentence():
         use(network, "fast")
 
 
+def test_the_names_of_a_recipe_are_the_backends():
+    import typing
+
+    from mmalign.training.run import Run
+
+    names = typing.get_args(typing.get_type_hints(Run)["attention"])
+    assert names == ("auto", *attention.KERNELS, *attention.PACKAGES)
+
+
+@pytest.mark.parametrize("which", ["tiny_sdxl", "tiny_sd3"])
+def test_a_run_trains_by_the_attention_it_asks_for_and_says_so(which, request, pairs, tmp_path):
+    import json
+
+    from mmalign.objectives import DiffusionDPO
+    from mmalign.training.loop import train
+    from mmalign.training.run import Run
+
+    losses = {}
+    for name in ("auto", "math"):
+        run = Run(
+            pretrained_model_name_or_path=str(request.getfixturevalue(which)),
+            dataset_name="in memory",
+            output_dir=str(tmp_path / name),
+            objective=DiffusionDPO(beta=2000),
+            max_train_steps=2,
+            learning_rate=1e-3,
+            rank=2,
+            attention=name,
+            gradient_checkpointing=True,
+        )
+        said = []
+        ran = kernels(lambda run=run, said=said: train(run, comparisons=pairs[:2], say=said.append))
+        lines = [line for line in said if line.startswith("Attention")]
+        assert lines[0].startswith(f"Attention: {'sdpa' if name == 'auto' else 'math, equal to math in'}")
+        assert len(lines) == 1
+        assert "flash" in ran or name == "math"  # the text encoders' may be of any kind
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row)["loss"] for row in rows]
+    assert losses["math"] == pytest.approx(losses["auto"], rel=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["xformers", "flash", "efficient", "cudnn", "sdpa"])
