@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import mmalign
-from mmalign.training.memory import fake, prepare_fake
+from mmalign.training.memory import fake, fake_encoding, prepare_fake
 from mmalign.training.prepare import checkpoint_blocks
 from mmalign.training.run import Run
 
@@ -26,9 +28,6 @@ def operations(run: Run, skeleton: Any = None, members: int = 2) -> dict[str, in
         skeleton: the model as shapes without memory; default `mmalign.skeleton` of the recipe's model.
         members: samples of a comparison: 2 for pairs, more for ranked lists.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map_only
-
     skeleton = skeleton or mmalign.skeleton(run.pretrained_model_name_or_path)
     parts = skeleton.parts
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -41,7 +40,7 @@ def operations(run: Run, skeleton: Any = None, members: int = 2) -> dict[str, in
             counts["reference"] = _count(lambda: network.requires_grad_(False)(**inputs))
         prepare_fake(network, run, skeleton.lora_targets)
         if run.gradient_checkpointing:
-            checkpoint_blocks(network)
+            checkpoint_blocks(network, every=run.gradient_checkpointing_every)
         outputs: list[Any] = []
         counts["policy forward"] = _count(lambda: outputs.append(network(**inputs)[0]))
         counts["backward"] = _count(lambda: outputs[0].square().mean().backward())
@@ -50,18 +49,12 @@ def operations(run: Run, skeleton: Any = None, members: int = 2) -> dict[str, in
         if not (run.cache_dir or run.cache_latents):
             for name, part in parts.items():
                 if name == "vae":
-                    side = inputs[next(iter(inputs))].shape[-1] * 2 ** (len(part.config.block_out_channels) - 1)
-                    pictures = torch.zeros(members, part.config.in_channels, side, side)
-                    counts["VAE"] = _count(lambda vae=part, x=pictures: _frozen(vae).encode(x))
+                    counts["VAE"] = _count(fake_encoding(skeleton, run, members, torch.float32))
                 elif name.startswith("text_encoder"):
                     length = getattr(part.config, "max_position_embeddings", T5_TOKENS)
-                    tokens = torch.zeros(1, length, dtype=torch.int64)
-                    counts["text"] += _count(lambda text=part, x=tokens: _frozen(text)(x))
+                    reader = fake(part, torch.float32).requires_grad_(False).eval()
+                    counts["text"] += _count(partial(reader, torch.zeros(1, length, dtype=torch.int64)))
     return counts
-
-
-def _frozen(part: Any) -> nn.Module:
-    return fake(part, torch.float32).requires_grad_(False).eval()
 
 
 def _count(function: Any) -> int:
@@ -71,9 +64,7 @@ def _count(function: Any) -> int:
     aten = torch.ops.aten
     fused = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *given, **_: sdpa_flop_count(*given[:3]),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *given, **_: sdpa_backward_flop_count(
-            *given[:4]
-        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *g, **_: sdpa_backward_flop_count(*g[:4]),
     }
     with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         function()
