@@ -17,7 +17,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
 
   quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
   cache RECIPE          encode a recipe's data once, so that training loads no encoders; --verify checks it
-  train RECIPE          align a model; every field of the recipe is a flag
+  train RECIPE          align a model; every field of the recipe is a flag; --fit 24GB makes it fit
   train-scorer RECIPE   train a reward model, and measure it on held-out prompts
   generate MODEL ...    candidates of one model or several, for prompts
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
@@ -27,6 +27,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   pairs SCORED          preference data of what was scored
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers [NAME]        list the bundled scorers, or tell all about one
+  doctor                what is installed, whether it works together, and what to do
   demo                  compare base and aligned model in the browser
 """
 
@@ -54,11 +55,22 @@ def train(argv: Sequence[str]) -> None:
     from mmalign.recipe import load_recipe, with_flags
 
     datasets.disable_progress_bars()  # they would stand in front of our own lines
-    run = with_flags(load_recipe(argv[0]), argv[1:], prog=f"mmalign train {argv[0]}")
+    limit, flags = _fit_flag(argv[1:])
+    run = with_flags(load_recipe(argv[0]), flags, prog=f"mmalign train {argv[0]}")
     from mmalign.commands import quiet_libraries
     from mmalign.training.loop import train as run_training
 
     quiet_libraries()
+    if limit is not None:
+        from mmalign.training.cached import read_data
+        from mmalign.training.fit import fit, size_of
+        from mmalign.training.loop import dtype_of
+        from mmalign.training.prepare import make_accelerator
+
+        accelerator, data = make_accelerator(run), read_data(run, strict=True).comparisons
+        run, lines = fit(run, size_of(limit), dtype_of(run, accelerator), members=len(data[0].media))
+        if accelerator.is_main_process:
+            print(*lines, sep="\n", flush=True)
     every = max(1, run.max_train_steps // 100)
 
     def watch(step: int, metrics: dict[str, float]) -> None:
@@ -77,6 +89,16 @@ def train(argv: Sequence[str]) -> None:
     from mmalign.console import stage
 
     print(f"Done: {run_training(run, watch=watch, stage=stage)}")
+
+
+def _fit_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `--fit SIZE` out of the arguments: it is no field of the recipe, it chooses several."""
+    rest = list(argv)
+    for place, word in enumerate(rest):
+        if word == "--fit" or word.startswith("--fit="):
+            size = word.partition("=")[2] or "".join(rest[place + 1 : place + 2])
+            return size, rest[:place] + rest[place + (1 if "=" in word else 2) :]
+    return None, rest
 
 
 def train_scorer(argv: Sequence[str]) -> None:
@@ -336,6 +358,13 @@ def scorers(argv: Sequence[str]) -> None:
         show_scorer(argv[0])
 
 
+def doctor() -> None:
+    """Tells what is installed, whether it works together, and what to do; exit code 0 when quickstart would work."""
+    from mmalign.doctor import main
+
+    sys.exit(main())
+
+
 def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> None:
     """Opens the Compare page on this machine.
 
@@ -360,6 +389,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "score": score,
     "annotate": annotate,
     "pairs": pairs,
+    "doctor": doctor,
     "demo": demo,
 }
 OWN: dict[str, Callable[[Sequence[str]], None]] = {

@@ -25,6 +25,7 @@ ON_TOP = {
     "cli",
     "commands",
     "console",
+    "doctor",
     "generating",
     "personal",
     "quickstart",

@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,13 @@ class Cached(Comparison):
         asked: key of its prompt's piece.
         shape: the modality's frame of it.
         first: number of its first medium among all of the data set.
+        pieces: of its prompt and of its media, where they were read ahead.
     """
 
     asked: str = ""
     shape: tuple[int, ...] = ()
     first: int = 0
+    pieces: Sequence[Mapping[str, Tensor]] = ()
 
 
 class Pieces:
@@ -150,8 +152,23 @@ class Cache(Sequence):
 
     def encoded(self, modality: Any, items: Sequence[Cached]) -> Any:
         """What `modality.encode` gave for these comparisons."""
-        prompts = [self.pieces[item.asked] for item in items]
-        return modality.assemble(prompts, [[self.pieces[key] for key in item.media] for item in items])
+        pieces = [item.pieces or self._pieces(item) for item in items]
+        return modality.assemble([asked for asked, *_ in pieces], [media for _, *media in pieces])
+
+    def read(self, items: Sequence[Cached], device: Any) -> list[Cached]:
+        """The same comparisons with their pieces read; for a GPU they are under way to it, by way of pinned memory."""
+
+        def fetched(value: Tensor) -> Tensor:
+            # A piece is a view of a mapped file, which nobody has read yet
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.clone()
+
+        return [
+            replace(item, pieces=[{n: fetched(v) for n, v in piece.items()} for piece in self._pieces(item)])
+            for item in items
+        ]
+
+    def _pieces(self, item: Cached) -> list[dict[str, Tensor]]:
+        return [self.pieces[key] for key in (item.asked, *item.media)]
 
     @property
     def counts(self) -> dict[str, int]:

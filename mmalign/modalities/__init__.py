@@ -92,6 +92,14 @@ class Holder:
     """What every modality does with its network, whatever was wrapped around it, and how it encodes piece by piece."""
 
     network: nn.Module
+    attention = "sdpa"  # what is on the network
+
+    def use_attention(self, name: str, inputs: Callable[[], dict[str, Any]]) -> str:
+        """Puts an attention backend on the network; returns a line for the log. See `mmalign.modalities.attention`."""
+        from mmalign.modalities.attention import use
+
+        self.attention, line = use(self.unwrapped, name, inputs)
+        return line
 
     def encode(self, items: Sequence[Comparison]) -> Encoded:
         """See `Modality.encode`: all pieces of a batch, each prompt once, put together."""

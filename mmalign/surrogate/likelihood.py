@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,10 @@ class Feedback:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Row indices `win` [P] and `lose` [P]: same group, `score[win] > score[lose]`; a tie makes no pair."""
+        return self._pairs
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
         same = self.group[:, None] == self.group[None, :]
         better = self.score[:, None] > self.score[None, :]
         win, lose = torch.nonzero(same & better, as_tuple=True)
@@ -71,8 +76,17 @@ class Feedback:
 
     def to(self, device: torch.device | str) -> Feedback:
         """The same feedback on another device."""
-        weight, user = (None if value is None else value.to(device) for value in (self.weight, self.user))
-        return Feedback(self.group.to(device), self.score.to(device), weight, user)
+        win, lose = self.pairs()  # found here: a host has to wait for a GPU to learn how many there are
+        parts = (self.group, self.score, self.weight, self.user, win, lose)
+        *moved, win, lose = (None if part is None else send(part, device) for part in parts)
+        feedback = Feedback(*moved)
+        feedback.__dict__["_pairs"] = win, lose
+        return feedback
+
+
+def send(value: Tensor, device: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """`value.to`, which waits for the device only when it is read from, and not when it is written to."""
+    return value.to(device=device, dtype=dtype, non_blocking=value.device.type == "cpu")
 
 
 class Cond(Mapping[str, Any]):
@@ -115,7 +129,7 @@ class Cond(Mapping[str, Any]):
                 return [move(item) for item in value]
             if not isinstance(value, Tensor):
                 return value
-            return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            return send(value, device, dtype if value.is_floating_point() else None)
 
         return self._map(move)
 
@@ -127,7 +141,7 @@ class Cond(Mapping[str, Any]):
                 return value
             if isinstance(value, list):
                 return [other[name][0] if drop else own for own, drop in zip(value, mask.tolist(), strict=True)]
-            shaped = mask.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            shaped = send(mask, value.device).reshape(-1, *[1] * (value.ndim - 1))
             return torch.where(shaped, other[name].to(value), value)
 
         return Cond({name: choose(name, value) for name, value in self.items()}, self.policy_only)
@@ -265,6 +279,7 @@ def evaluate(
     """
     logp: dict[View, Tensor] = {}
     predictions: dict[View, Tensor] = {}
+    # One network may be every view (LoRA on or off): asked last, a reference would add to the policy's activations
     for view in needs:
         if known is not None and view in known:
             logp[view] = known[view]

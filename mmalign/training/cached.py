@@ -213,6 +213,8 @@ def reference_of(run: Run, cache: Cache, step: Any, dtype: torch.dtype, *, stage
         "lora": fingerprints(run.lora, memory) if run.lora else None,
         "dtype": str(dtype),
         "precision": step.accelerator.mixed_precision,
+        "attention": step.modality.attention,
+        "kernels": [run.compile, run.channels_last],
         "device": step.accelerator.device.type,
         "draw": repr(step.draw),
         "draws": run.draws_per_sample,

@@ -13,22 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mmalign
 from mmalign import storage
 from mmalign.data.cache import Cache
 from mmalign.data.fill import Stage, silent
-from mmalign.data.loader import Batches, decode
+from mmalign.data.loader import Batches
 from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
 from mmalign.training import checkpoint, hub
 from mmalign.training.cached import as_it_is, cache_of, read_data, reference_of
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
-from mmalign.training.prepare import make_accelerator, make_optimizer, prepare_policy
+from mmalign.training.prepare import compile_blocks, make_accelerator, make_optimizer, prepare_attention, prepare_policy
 from mmalign.training.run import Run
 from mmalign.training.step import Meter, Step, feedback_of
 from mmalign.training.validate import Validation
+from mmalign.training.views import WeightViews
 
 Watch = Callable[[int, dict[str, float]], None]
 
@@ -72,7 +74,8 @@ def train(
     if modality is None:
         members = len(comparisons[0].media) if len(comparisons) else 2
         modality = _load(run, accelerator, members, say)
-    views = prepare_policy(modality, run)
+    say(prepare_attention(modality, run, accelerator))
+    views = _prepare(run, modality, say)
     reference = None
     if run.cache_reference and cache:
         untouched = Step(run, modality, as_it_is, accelerator, cache)
@@ -138,13 +141,16 @@ class Learner:
         say(f"Resumed at step {progress.step} from {folder}.")
         return progress
 
-    def update(self, empty: bool) -> tuple[float, float]:
+    def clip(self) -> Tensor:
+        """Clips the gradient; returns its norm before that, which tells whether the weights may move."""
+        return self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm)
+
+    def update(self, grad_norm: float, empty: bool) -> float:
         """One step of the optimizer and of its schedule; an empty step, or a non-finite gradient, changes no weight.
 
         Returns:
-            The gradient's norm before clipping (it tells whether the weights moved), and the step's learning rate.
+            The step's learning rate.
         """
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm))
         learning_rate = self.optimizer.param_groups[0]["lr"]
         moves, scaler = math.isfinite(grad_norm) and not empty, self.accelerator.scaler
         # A GradScaler has to see the overflow itself, to lower its scale
@@ -158,7 +164,7 @@ class Learner:
             if scaler is not None and empty:
                 scaler.update()  # forgets that clipping unscaled the gradients that were dropped
         self.scheduler.step()
-        return grad_norm, learning_rate
+        return learning_rate
 
 
 def _open_output(run: Run, accelerator: Any) -> Path:
@@ -190,7 +196,7 @@ def _all_steps(
     if _stops_early(run, progress):  # the checkpoint's run did
         return
     with _terminated() as stop:
-        for micro_batches in _steps(run, batches, progress.step):
+        for micro_batches in _steps(run, batches, progress.step, step.encode.ready):
             metrics = _one_step(run, step, batches, learner, progress, micro_batches)
             if validation and (progress.step % run.validation_steps == 0 or progress.step == run.max_train_steps):
                 metrics |= validation(progress.step)
@@ -234,7 +240,9 @@ def _one_step(
     started, accelerator = time.perf_counter(), step.accelerator
     first = progress.step * run.gradient_accumulation_steps
     own = sum(step.terms(batches.batch(first + m)) for m in range(run.gradient_accumulation_steps))
-    counted = accelerator.reduce(torch.tensor([float(own)], device=accelerator.device), "sum").item()
+    counted = float(own)
+    if accelerator.num_processes > 1:
+        counted = accelerator.reduce(torch.tensor([counted], device=accelerator.device), "sum").item()
     # DDP averages gradients over processes, the step's mean is over their sum
     scale = accelerator.num_processes / max(counted, 1.0)
     meter, samples = Meter(), 0
@@ -245,9 +253,10 @@ def _one_step(
         likelihood, loss = step.backward(probe, feedback, scale, last=number == len(parts) - 1, known=known)
         meter.add(likelihood, loss, feedback)
         samples += len(probe)
-    grad_norm, learning_rate = learner.update(empty=not counted)
+    metrics = meter.means(accelerator, grad_norm=learner.clip())
+    learning_rate = learner.update(metrics["grad_norm"], empty=not counted)
     progress.step += 1
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(metrics["grad_norm"]):
         progress.skipped += 1
         if progress.skipped > run.max_skipped_steps:
             raise RuntimeError(
@@ -255,8 +264,7 @@ def _one_step(
                 " lower the learning rate or the mixed precision."
             )
     return {
-        **meter.means(accelerator),
-        "grad_norm": grad_norm,
+        **metrics,
         "learning_rate": learning_rate,
         "skipped_steps": float(progress.skipped),
         "terms": counted,
@@ -265,11 +273,11 @@ def _one_step(
     }
 
 
-def _steps(run: Run, batches: Batches, start: int) -> Iterator[list[tuple[list[Comparison], list[int]]]]:
+def _steps(
+    run: Run, batches: Batches, start: int, prepare: Callable[[list[Comparison]], Any]
+) -> Iterator[list[tuple[list[Comparison], list[int]]]]:
     """The micro-batches of every optimizer step from `start` on."""
     accumulation = run.gradient_accumulation_steps
-    # With latents in memory or on the disk most comparisons need no decoding any more
-    prepare = list if run.cache_latents or run.cache_dir else decode
     stream = batches.iterate(start * accumulation, run.max_train_steps * accumulation, prepare=prepare)
     while micro_batches := list(islice(stream, accumulation)):
         yield micro_batches
@@ -326,10 +334,18 @@ def caches(run: Run, accelerator: Any, *, stage: Stage = silent, say: Callable[[
     cache = _cached(run, accelerator, None, stage, say)
     if run.cache_reference:
         modality = _load(run, accelerator, len(cache[0].media), say)
-        prepare_policy(modality, run)
+        say(prepare_attention(modality, run, accelerator))
+        _prepare(run, modality, say)
         step = Step(run, modality, as_it_is, accelerator, cache)
         reference_of(run, cache, step, dtype_of(run, accelerator), stage=stage)
     return cache
+
+
+def _prepare(run: Run, modality: Any, say: Callable[[str], None]) -> WeightViews:
+    views = prepare_policy(modality, run)
+    if run.compile:
+        compile_blocks([network for network in (modality.network, views.frozen) if network], run, say)
+    return views
 
 
 def _cached(run: Run, accelerator: Any, modality: Any, stage: Stage, say: Callable[[str], None]) -> Cache:

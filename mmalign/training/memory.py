@@ -7,18 +7,26 @@ forward runs on fake tensors, which have shapes and no memory, and what autograd
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mmalign
 from mmalign.training.prepare import checkpoint_blocks
 from mmalign.training.run import Run
 
 GIB = 2**30
+# What a process holds beside the plan: temporaries, allocator, libraries, a card's context. Measured peaks were up to
+# 1.12 of the plan (benchmarks/README.md: SDXL); tests/training/test_fit.py holds small models to it
+MARGIN, RESERVE = 1.2, GIB // 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class Plan:
     def total(self) -> int:
         """Sum of all parts in bytes."""
         return sum(self.parts.values())
+
+    @property
+    def needs(self) -> int:
+        """Bytes that a process has to have free: the parts, and what measuring found beside them."""
+        return int(self.total * MARGIN) + RESERVE
 
     def text(self) -> str:
         """A line of parts and, where there is something to do, a line of advice."""
@@ -60,6 +73,13 @@ def plan(run: Run, dtype: torch.dtype, skeleton: Any = None, members: int = 2) -
     copies = 1 if run.use_lora or run.cache_reference or "reference" not in run.objective.needs else 2
     samples = run.rows_at_once if run.backward == "two-pass" else members * run.train_batch_size
     trained, activations = measured(skeleton, run, samples, dtype)
+    encoding = 0
+    if "vae" in skeleton.parts and not run.cache_dir:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            encode = fake_encoding(skeleton, run, min(8, members * run.train_batch_size), dtype)
+            with Live() as live:
+                encode()
+        encoding = max(0, live.peak - activations)  # the VAE is done before there are activations
     saved = {
         "network": counts["network"] * size * copies,
         "encoders and VAE": frozen,
@@ -67,6 +87,7 @@ def plan(run: Run, dtype: torch.dtype, skeleton: Any = None, members: int = 2) -
         "gradients": trained * 4,
         "optimizer": trained * states,
         "activations": activations,
+        "encoding beyond them": encoding,
     }
     return Plan(saved, _advice(run, sum(saved.values())))
 
@@ -77,16 +98,10 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
     Both are found on a copy of the network on fake tensors. With gradient checkpointing only the blocks' inputs are
     kept, and the largest block's own activations come on top while it is recomputed.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        model = _fake(skeleton.parts["network"], dtype)
-        model.requires_grad_(not run.use_lora).train()
-        if run.users:
-            _stand_in(model)
-        elif run.use_lora:
-            _wrap(model, run, skeleton.lora_targets)
+        model = fake(skeleton.parts["network"], dtype)
+        prepare_fake(model, run, skeleton.lora_targets)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         blocks, kept = [0], Saved(model)
 
@@ -101,11 +116,20 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
             return outputs
 
         if run.gradient_checkpointing:
-            checkpoint_blocks(model, block)
+            checkpoint_blocks(model, block, run.gradient_checkpointing_every)
         inputs = skeleton.example(samples, run.resolution, dtype)
         with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)), kept:
             model(**inputs)
     return trained, kept.bytes + max(blocks)
+
+
+def prepare_fake(model: Any, run: Run, targets: Sequence[str]) -> None:
+    """What `prepare_policy` does to a network, for one on fake tensors; checkpointing is left to the caller."""
+    model.requires_grad_(not run.use_lora).train()
+    if run.users:
+        _stand_in(model)
+    elif run.use_lora:
+        _wrap(model, run, targets)
 
 
 class _WithLoRA(nn.Module):
@@ -152,7 +176,7 @@ def _wrap(model: nn.Module, run: Run, default: Sequence[str]) -> None:
             setattr(owner, child, _WithLoRA(getattr(owner, child), run.rank))
 
 
-def _fake(network: Any, dtype: torch.dtype) -> Any:
+def fake(network: Any, dtype: torch.dtype) -> Any:
     """The network anew on fake tensors; made in its dtype, as fake parameters cannot change theirs."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -160,6 +184,40 @@ def _fake(network: Any, dtype: torch.dtype) -> Any:
         return getattr(type(network), "from_config", type(network))(network.config)  # diffusers, transformers
     finally:
         torch.set_default_dtype(before)
+
+
+def fake_encoding(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """What encodes pictures as large as the run's latents ask for; it is made, and to be called, on fake tensors."""
+    vae = skeleton.parts["vae"]
+    dtype = dtype if run.pretrained_vae_model_name_or_path or dtype.itemsize > 4 else torch.float32
+    latents = next(iter(skeleton.example(samples, run.resolution, dtype).values()))
+    side = latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
+    pictures = torch.zeros(samples, vae.config.in_channels, side, side, dtype=dtype)
+    return partial(fake(vae, dtype).requires_grad_(False).eval().encode, pictures)
+
+
+class Live(TorchDispatchMode):
+    """Finds the most bytes that tensors made inside the block took at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and counts what is new of its outputs, until it is freed."""
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(id(storage))
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return outputs
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.bytes -= size
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import mmalign
 from mmalign.data.users import read_users
 from mmalign.records import UserError
 from mmalign.surrogate.probes import at_least_float32
@@ -31,6 +33,18 @@ def make_accelerator(run: Run) -> Any:
     )
 
 
+def prepare_attention(modality: Any, run: Run, accelerator: Any) -> str:
+    """Puts the run's attention on the network, to be done before it is copied; returns the line for the log."""
+
+    def inputs() -> dict[str, Any]:
+        skeleton = mmalign.skeleton(run.pretrained_model_name_or_path)
+        with torch.device(modality.device):
+            return skeleton.example(1, run.resolution, modality.unwrapped.dtype)
+
+    with accelerator.autocast():
+        return modality.use_attention(run.attention, inputs)
+
+
 def prepare_policy(modality: Any, run: Run) -> WeightViews:
     """Puts the trained weights on the network, freezes the rest, and keeps what the objective's views need.
 
@@ -42,7 +56,9 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
     network: nn.Module = modality.network
     framed(modality, run)
     if run.gradient_checkpointing:
-        checkpoint_blocks(network)
+        checkpoint_blocks(network, every=run.gradient_checkpointing_every)
+    if run.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.train()  # checkpointing works in train mode alone; these networks have no dropout
     if not run.use_lora:
         asks = "reference" in run.objective.needs and not run.cache_reference
@@ -69,17 +85,60 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
     return WeightViews(modality)
 
 
-def checkpoint_blocks(network: Any, function: Any = None) -> None:
+def checkpoint_blocks(network: Any, function: Any = None, every: int = 1) -> None:
     """Turns on gradient checkpointing, for which diffusers and transformers have different words.
 
     Args:
         network: of either library.
         function: (block, *inputs) -> outputs; default torch's checkpoint, without reentrance.
+        every: leave out all but every n-th block.
     """
+    function = function or partial(checkpoint, use_reentrant=False)
+    places: dict[Any, int] = {}  # of the blocks, in the order in which they first run
+
+    def nth(block: Any, *inputs: Any) -> Any:
+        layer = block.args[0] if isinstance(block, partial) else block  # transformers hands over its bound forward
+        return function(block, *inputs) if places.setdefault(layer, len(places)) % every == 0 else block(*inputs)
+
     if hasattr(network, "enable_gradient_checkpointing"):
-        network.enable_gradient_checkpointing(function)
+        network.enable_gradient_checkpointing(nth)
     else:
-        network._set_gradient_checkpointing(True, function or partial(checkpoint, use_reentrant=False))
+        network._set_gradient_checkpointing(True, nth)
+
+
+def compile_blocks(networks: Sequence[Any], run: Run, say: Callable[[str], None]) -> None:
+    """Compiles the blocks that networks repeat; blocks alike share their code, so it is made once for each kind.
+
+    A kind is made for each of policy and reference (adapters on and off) and once more when shapes turn out to vary.
+    Checkpointing stays outside of diffusers' blocks; the layers of transformers checkpoint inside of themselves.
+
+    Args:
+        networks: copies of one network.
+        run: says whether shapes are known to vary.
+        say: is told where torch.compile does not work (no C++ compiler, no Triton): training goes on without.
+
+    Raises:
+        UserError: it is not known which blocks this network repeats.
+    """
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    # What diffusers and transformers call them
+    names = getattr(networks[0], "_repeated_blocks", None) or getattr(networks[0], "_no_split_modules", None)
+    if not names:
+        raise UserError(f"compile: a {type(networks[0]).__name__} does not say which blocks it repeats; leave it out.")
+    try:
+        with inductor.patch(force_disable_caches=True):
+            torch.compile(torch.square)(torch.ones(2, device=networks[0].device))
+    except RuntimeError as error:
+        return say(f"compile is left out: torch.compile does not work here ({str(error).strip().splitlines()[0]}).")
+    # Kinds times views times shapes are more than torch's 8, after which it would go on uncompiled in silence
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    for network in networks:
+        for block in network.modules():
+            if type(block).__name__ in names:
+                block.compile(dynamic=True if run.aspect_buckets else None)
+    return None
 
 
 def add_lora(network: Any, run: Run, targets: list[str]) -> None:

@@ -44,11 +44,16 @@ class Run:
         lora_alpha: of the LoRA; None means the rank.
         lora_targets: module names; empty for the modality's own (attention projections).
         mixed_precision: "auto" is bf16 on an accelerator that has it, else no.
+        attention: what computes it; "auto" is the fastest for the network that is there and was seen to be equal
+            to math attention at the start (`modalities/attention.py`).
         users: file of user embeddings (`mmalign user make`); user layers are then trained, and not a LoRA: the network
             and `lora`, if given, stay as they are and are the reference. Every comparison has to name its user.
         user_tokens: tokens that an embedding becomes.
         user_dropout: share of comparisons that are shown nobody's embedding (0).
         gradient_checkpointing: trade a second forward for activations.
+        gradient_checkpointing_every: of every n-th block only; the others keep theirs.
+        compile: torch.compile of the blocks that the network repeats; the first steps take minutes.
+        channels_last: memory format of convolutions, for UNets on a GPU.
         backward: "two-pass" has the same gradient with the memory of `rows_at_once` samples.
         rows_at_once: samples a two-pass backward holds.
         proportion_empty_prompts: share of comparisons that are shown the empty prompt.
@@ -109,10 +114,14 @@ class Run:
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "efficient", "cudnn", "math", "xformers", "flash-attn"] = "auto"
     users: str | None = None
     user_tokens: int = 4
     user_dropout: float = 0.1
     gradient_checkpointing: bool = False
+    gradient_checkpointing_every: int = 1
+    compile: bool = False
+    channels_last: bool = False
     backward: Literal["plain", "two-pass"] = "plain"
     rows_at_once: int = 1
     proportion_empty_prompts: float = 0.0
@@ -145,6 +154,7 @@ class Run:
             "rank",
             "user_tokens",
             "rows_at_once",
+            "gradient_checkpointing_every",
         )
         for name in (*at_least_one, "checkpointing_steps", "validation_steps", "early_stop", "draws_per_sample"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -213,7 +223,11 @@ _FREE_TO_CHANGE = {
     "gradient_accumulation_steps",
     "backward",
     "rows_at_once",
+    "attention",
     "gradient_checkpointing",
+    "gradient_checkpointing_every",
+    "compile",
+    "channels_last",
     "cache_latents",
     "cache_dir",
     "max_quarantined",

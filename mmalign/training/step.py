@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmalign.data.cache import EMPTY, Cache
+from mmalign.data.loader import decode
 from mmalign.data.users import Users, numbers_of, read_users
 from mmalign.records import Comparison
 from mmalign.surrogate import (
@@ -30,6 +31,7 @@ from mmalign.surrogate import (
     evaluate,
 )
 from mmalign.surrogate.draws import normal, uniform
+from mmalign.surrogate.likelihood import send
 from mmalign.training.run import Run
 
 
@@ -68,6 +70,12 @@ class Encoder:
         if not self.cache:
             return self.modality.empty()
         return Cond({name: value[None] for name, value in self.cache.pieces[EMPTY].items()}).to(self.modality.device)
+
+    def ready(self, items: Sequence[Any]) -> list[Any]:
+        """What the loader's threads do ahead: they read a cache's pieces, or open pictures."""
+        if self.cache:
+            return self.cache.read(items, self.modality.device)
+        return list(items) if self.keep else decode(items)  # with latents in memory most need no decoding any more
 
     def __call__(self, items: Sequence[Any]) -> Any:
         """The modality's Encoded of the items."""
@@ -127,7 +135,7 @@ class Step:
         """Answers that need not be asked for: view -> [N]."""
         if not self.reference:
             return {}
-        return {"reference": self.reference(items, draws).to(self.accelerator.device)}
+        return {"reference": send(self.reference(items, draws), self.accelerator.device)}
 
     def probe(self, items: Sequence[Comparison], draws: Sequence[int]) -> tuple[Probe, Feedback]:
         """Encodes comparisons of one shape and draws where their likelihood is asked."""
@@ -229,14 +237,15 @@ BUCKETS = 4
 
 
 class Meter:
-    """Sums over a step's micro-batches; `means` sums over processes once, at the step's end."""
+    """Sums over a step's micro-batches, on their device; `means` sums over processes and reads, once a step."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}  # [2]: sum and number
 
-    def _add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
-        self.sums[name + "/n"] = self.sums.get(name + "/n", 0.0) + values.numel()
+    def _add(self, name: str, values: Tensor, chosen: Tensor | None = None) -> None:
+        counted = torch.ones_like(values, dtype=torch.float64) if chosen is None else chosen.double()
+        own = torch.stack([(values.double() * counted).sum(), counted.sum()])
+        self.sums[name] = self.sums[name] + own if name in self.sums else own
 
     def add(self, likelihood: Likelihood, loss: Tensor, feedback: Feedback) -> None:
         """Takes in one micro-batch."""
@@ -257,11 +266,16 @@ class Meter:
         t, path = getattr(likelihood.probe, "t", None), getattr(likelihood.probe, "path", None)
         bucket = (path.fraction(t)[win] * BUCKETS).long() if t is not None and path is not None else None
         for number in range(BUCKETS if bucket is not None else 0):
-            self._add(f"implicit_accuracy_t{number}", accuracy[bucket == number])
+            self._add(f"implicit_accuracy_t{number}", accuracy, bucket == number)
 
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Name -> mean over everything that was added on all processes; names without a value are left out."""
-        names = sorted(self.sums)
-        total = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
-        total = dict(zip(names, accelerator.reduce(total, "sum").tolist(), strict=True))
-        return {name: total[name] / total[name + "/n"] for name in names if total.get(name + "/n")}
+    def means(self, accelerator: Any, **own: Tensor) -> dict[str, float]:
+        """Name -> mean over everything that was added on all processes; names without a value are left out.
+
+        This is where the host waits for the device. Numbers of `own`, equal on all processes, are read with them.
+        """
+        sums = accelerator.reduce(torch.stack([self.sums[name] for name in sorted(self.sums)]), "sum")
+        read = torch.cat([sums.flatten(), *(value.detach().to(sums).reshape(1) for value in own.values())]).tolist()
+        pairs = zip(sorted(self.sums), read[0::2], read[1::2], strict=False)
+        return {name: total / number for name, total, number in pairs if number} | dict(
+            zip(own, read[sums.numel() :], strict=True)
+        )
