@@ -76,12 +76,11 @@ class Feedback:
 
     def to(self, device: torch.device | str) -> Feedback:
         """The same feedback on another device."""
+        weight, user = (None if value is None else send(value, device) for value in (self.weight, self.user))
+        moved = Feedback(send(self.group, device), send(self.score, device), weight, user)
         win, lose = self.pairs()  # found here: a host has to wait for a GPU to learn how many there are
-        parts = (self.group, self.score, self.weight, self.user, win, lose)
-        *moved, win, lose = (None if part is None else send(part, device) for part in parts)
-        feedback = Feedback(*moved)
-        feedback.__dict__["_pairs"] = win, lose
-        return feedback
+        moved.__dict__["_pairs"] = send(win, device), send(lose, device)
+        return moved
 
 
 def send(value: Tensor, device: Any, dtype: torch.dtype | None = None) -> Tensor:
