@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -50,11 +51,8 @@ def train(argv: Sequence[str]) -> None:
     """Runs a recipe, with flags over it."""
     if not argv or argv[0].startswith("-"):
         raise UserError("mmalign train needs a recipe: a bundled name (see mmalign recipes) or a path to a .py file.")
-    import datasets
-
     from mmalign.recipe import load_recipe, with_flags
 
-    datasets.disable_progress_bars()  # they would stand in front of our own lines
     limit, flags = _fit_flag(argv[1:])
     run = with_flags(load_recipe(argv[0]), flags, prog=f"mmalign train {argv[0]}")
     from mmalign.commands import quiet_libraries
@@ -122,11 +120,8 @@ def cache(argv: Sequence[str]) -> None:
     if not argv or argv[0].startswith("-"):
         raise UserError("mmalign cache needs a recipe: a bundled name (see mmalign recipes) or a path to a .py file.")
     check = "--verify" in argv
-    import datasets
-
     from mmalign.recipe import load_recipe, with_flags
 
-    datasets.disable_progress_bars()
     flags = [word for word in argv[1:] if word != "--verify"]
     run = with_flags(load_recipe(argv[0]), flags, prog=f"mmalign cache {argv[0]}")
     from mmalign.commands import fill_cache
@@ -441,6 +436,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
+    # Its bars would stand in front of our lines; said so, as many a command never imports it
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         name, rest = argv[0], argv[1:]
         if name in OWN:

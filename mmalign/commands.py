@@ -268,12 +268,9 @@ def score_media(
     Raises:
         UserError: nothing at a path, a prompt is missing, or no medium could be scored.
     """
-    import datasets
-
     from mmalign.data.media import MEDIA, files_source, open_source
     from mmalign.data.score import score_media as score_all
 
-    datasets.disable_progress_bars()  # they would stand in front of our own lines
     if not paths:
         raise UserError("score what? Name pictures, a folder, a table or candidates, as in mmalign score pictures/.")
     if len(paths) > 1 and all(Path(path).suffix.lower() in MEDIA for path in paths):
@@ -385,13 +382,10 @@ def annotate_media(path: str, model: str | None, prompt: str | None, **settings:
     """
     import functools
 
-    import datasets
-
     from mmalign.data.annotate import annotate
     from mmalign.data.media import open_source, read_header
     from mmalign.scoring.chat import Chat
 
-    datasets.disable_progress_bars()
     if model:
         quiet_libraries()
     if (model is None) == (settings["replay"] is None):
@@ -422,11 +416,8 @@ def make_pairs(scored: str, output_dir: str, rule: Any, **settings: Any) -> None
     """What `mmalign pairs` does; `settings` are those of `mmalign.data.pairs.make_pairs`."""
     from contextlib import ExitStack
 
-    import datasets
-
     from mmalign.data.pairs import make_pairs as make
 
-    datasets.disable_progress_bars()
     with ExitStack() as stack:
         made = make(
             scored,
@@ -452,11 +443,8 @@ def train_scorer(run: Any) -> None:
     Raises:
         UserError: as `mmalign.scoring.fit.train_scorer`, or the data cannot be read.
     """
-    import datasets
-
     from mmalign.scoring.fit import train_scorer as train
 
-    datasets.disable_progress_bars()
     quiet_libraries()
     comparisons = with_ties(run.dataset_name, run.max_train_samples)
     test = with_ties(run.test_dataset_name) if run.test_dataset_name else None
