@@ -89,8 +89,11 @@ def random_pairs(count: int, side: int) -> list:
     ]
 
 
-def random_sdxl(folder: Path, width: float) -> None:
-    """SDXL's layout with random weights; `width` multiplies the channels, and 1.0 is bfloat16 and SDXL itself."""
+def random_sdxl(folder: Path, width: float, **changes: dict) -> None:
+    """SDXL's layout with random weights; `width` multiplies the channels, and 1.0 is bfloat16 and SDXL itself.
+
+    `changes` are to the configurations of its parts, by the part's name.
+    """
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -104,6 +107,8 @@ def random_sdxl(folder: Path, width: float) -> None:
         vae |= {"block_out_channels": [32, 64, 128, 128], "sample_size": 256}
         first |= {"hidden_size": 240, "intermediate_size": 960, "num_attention_heads": 4, "projection_dim": 240}
         second |= {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "projection_dim": 384}
+    for name, part in {"unet": unet, "vae": vae, "text_encoder": first, "text_encoder_2": second}.items():
+        part |= changes.get(name, {})
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if width < 1 else torch.bfloat16)
     pipeline = StableDiffusionXLPipeline(
@@ -121,27 +126,27 @@ def random_sdxl(folder: Path, width: float) -> None:
     pipeline.save_pretrained(folder)
 
 
-def measure(preset: str, folder: Path, mode: str) -> dict:
-    """Seconds and CPU seconds of every timed step, and the most memory until the last of them was taken."""
-    from mmalign.training.loop import train
+def measure(run, train) -> dict:
+    """Seconds and CPU seconds of every timed step, its loss, and the most memory until the last of them was taken."""
     from mmalign.training.memory import peak_bytes
 
-    shutil.rmtree(folder / "run", ignore_errors=True)  # the mode's before
-    ends, peak = [], 0
+    shutil.rmtree(run.output_dir, ignore_errors=True)  # the mode's before
+    ends, losses, peak = [], [], 0
 
     def watch(step, metrics):
         nonlocal peak
         ends.append((time.perf_counter(), time.process_time()))
+        losses.append(metrics["loss"])
         peak = peak_bytes()
 
-    train(run_of(preset, folder, mode), watch=watch, say=lambda line: None)
+    train(run, watch=watch, say=lambda line: None)
     seconds, cpu_seconds = np.diff(ends, axis=0)[WARM_UP - 1 :].T.tolist()
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "gib": peak / 2**30}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "gib": peak / 2**30, "losses": losses}
 
 
 def apart(arguments, preset: str, folder: Path, task: str) -> dict:
-    """A task of this script in a process of its own."""
-    command = [sys.executable, __file__, "--preset", preset, "--folder", str(folder), "--task", task]
+    """A task of the script that was started, this one or one that imports it, in a process of its own."""
+    command = [sys.executable, sys.argv[0], "--preset", preset, "--folder", str(folder), "--task", task]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}
     done = subprocess.run(command, env=os.environ | hidden, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -163,16 +168,25 @@ def table(preset: str, found: dict[str, list[dict]], unit: str) -> tuple[list[st
     return rows, f"{preset} {ratios[1]:.2f}x and {ratios[2]:.2f}x"
 
 
-def report(arguments, found: dict[str, dict[str, list[dict]]]) -> str:
-    """The page."""
+def machine(device: str) -> str:
+    """The page's lines on where it was measured, and by which command."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
-    device = f", {torch.cuda.get_device_name()}" if arguments.device == "cuda" else ""
+    card = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = f"python {' '.join(['benchmarks/' + Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    return (
+        f"{os.cpu_count()} cores, {cpu}{card}; torch {torch.__version__}, {threads or torch.get_num_threads()} threads."
+        f"\n\n```\n{f'OMP_NUM_THREADS={threads} ' if threads else ''}{command}\n```\n"
+    )
+
+
+def report(arguments, found: dict[str, dict[str, list[dict]]]) -> str:
+    """The page."""
     rounds = len(next(iter(found.values()))["live"])
     parts = [table(preset, modes, UNITS[arguments.device == "cpu"]) for preset, modes in found.items()]
-    threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
     shared = "" if arguments.device == "cuda" else "Ratios are of CPU seconds, as other work ran beside. "
     unrun = (
         "" if "sdxl-1024" in found else "\n`--device cuda --preset sdxl-1024` (the real size, bfloat16) was not run.\n"
@@ -180,9 +194,7 @@ def report(arguments, found: dict[str, dict[str, list[dict]]]) -> str:
     return "\n".join(
         [
             "# What the cache saves in a step\n",
-            f"{os.cpu_count()} cores, {cpu}{device}; torch {torch.__version__}, {threads} threads.\n",
-            f"```\n{'OMP_NUM_THREADS=' + threads + ' ' if isinstance(threads, str) else ''}python"
-            f" {' '.join(['benchmarks/cache_cost.py', *sys.argv[1:]])}\n```\n",
+            machine(arguments.device),
             f"Diffusion-DPO with a LoRA; every line is {rounds} fresh processes of {TIMED} timed steps after"
             f" {WARM_UP} to warm up, the modes in turns. Medians; in brackets the smallest and the largest of the"
             f" rounds' ratios. {shared}Peak memory is of the whole process on a CPU, allocated on a GPU. The SDXL"
@@ -208,9 +220,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.task:
         (preset,) = arguments.preset
-        done = {} if arguments.task == "build" else measure(preset, arguments.folder, arguments.task)
+        done = {}
         if arguments.task == "build":
             build(preset, arguments.folder)
+        else:
+            from mmalign.training.loop import train
+
+            done = measure(run_of(preset, arguments.folder, arguments.task), train)
         print(json.dumps(done))
         return
     if arguments.device == "cuda":

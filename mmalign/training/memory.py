@@ -24,8 +24,9 @@ from mmalign.training.prepare import checkpoint_blocks
 from mmalign.training.run import Run
 
 GIB = 2**30
-# What a process holds beside the plan: temporaries, allocator, libraries, a card's context. Measured peaks were up to
-# 1.12 of the plan (benchmarks/README.md: SDXL); tests/training/test_fit.py holds small models to it
+# What a process holds beside the plan: temporaries, allocator, libraries, mapped files, a card's context. Measured on
+# CPUs: an eighth of the plan for the whole SDXL (benchmarks/README.md), up to 0.4 GiB for the reduced one of
+# benchmarks/step.py. On a GPU it was not measured
 MARGIN, RESERVE = 1.2, GIB // 2
 
 
