@@ -436,8 +436,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
-    # Its bars would stand in front of our lines; said so, as many a command never imports it
+    # The bars of `datasets` would stand in front of our lines; many a command never imports it
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     try:
         name, rest = argv[0], argv[1:]
         if name in OWN:
