@@ -34,13 +34,14 @@ class Skeleton:
 
     Attributes:
         parts: name -> module on the meta device; the trained one is "network".
-        example: (samples, resolution or None, dtype) -> the network's arguments by name, made on the current device.
+        example: (samples, resolution or None, dtype, length or None) -> the network's arguments by name, made on the
+            current device; the length is a video's frames or a sound's seconds.
         lora_targets: module names that a LoRA trains by default.
         frozen: parts, tokenizers among them, that training from a cache does without.
     """
 
     parts: dict[str, nn.Module]
-    example: Callable[[int, int | None, dtype], dict[str, Any]]
+    example: Callable[[int, int | None, dtype, float | None], dict[str, Any]]
     lora_targets: tuple[str, ...]
     frozen: tuple[str, ...] = ()
 

@@ -22,15 +22,8 @@ import torch
 from torch import Tensor
 
 from mmalign.modalities import Only, Piece, Skeleton, class_name
-from mmalign.modalities.latent_image import (
-    LatentImageModality,
-    frozen,
-    load_modality,
-    makers,
-    model_index,
-    on_meta,
-    pixels_per_latent,
-)
+from mmalign.modalities.latent import frozen, load_modality, makers, model_index, on_meta
+from mmalign.modalities.latent_image import LatentImageModality, pixels_per_latent
 from mmalign.modalities.user import arguments
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate.likelihood import Cond
@@ -100,7 +93,9 @@ class TransformerModality(LatentImageModality):
         raise NotImplementedError
 
     @staticmethod
-    def example(config: Any, scale: int, samples: int, resolution: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    def example(
+        config: Any, scale: int, samples: int, resolution: int | None, dtype: torch.dtype, length: float | None = None
+    ) -> dict[str, Any]:
         """The transformer's arguments by name, for the memory plan.
 
         Args:
@@ -109,6 +104,7 @@ class TransformerModality(LatentImageModality):
             samples: N.
             resolution: side of the pictures in pixels; None is what the transformer was made for.
             dtype: of the arguments.
+            length: of no meaning for a picture.
         """
         raise NotImplementedError
 
@@ -129,7 +125,7 @@ class SD3Modality(TransformerModality):
     )
 
     def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
-        """See `LatentImageModality.encode_media`.
+        """See `LatentModality.encode_media`.
 
         Raises:
             UserError: `resolution` is no whole number of patches, or beyond the position table; the VAE overflows.
@@ -166,7 +162,9 @@ class SD3Modality(TransformerModality):
         }
 
     @staticmethod
-    def example(config: Any, scale: int, samples: int, resolution: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    def example(
+        config: Any, scale: int, samples: int, resolution: int | None, dtype: torch.dtype, length: float | None = None
+    ) -> dict[str, Any]:
         """See the base."""
         side = resolution // scale if resolution else config.sample_size
         tokens = CLIP_TOKENS + T5_TOKENS

@@ -17,16 +17,8 @@ import torch
 from torch import Tensor
 
 from mmalign.modalities import Only, Skeleton
-from mmalign.modalities.latent_image import (
-    LORA_FILE,
-    LatentImageModality,
-    frozen,
-    load_modality,
-    makers,
-    model_index,
-    on_meta,
-    pixels_per_latent,
-)
+from mmalign.modalities.latent import LORA_FILE, frozen, load_modality, makers, model_index, on_meta
+from mmalign.modalities.latent_image import LatentImageModality, pixels_per_latent
 from mmalign.modalities.single_file import configurations
 from mmalign.modalities.user import arguments
 from mmalign.surrogate.likelihood import Cond
@@ -103,7 +95,9 @@ def _single_file_makers(path: Path) -> dict[str, Any]:
     return made
 
 
-def example(config: Any, scale: int, samples: int, resolution: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def example(
+    config: Any, scale: int, samples: int, resolution: int | None, dtype: torch.dtype, length: float | None = None
+) -> dict[str, Any]:
     """A UNet's arguments by name: latents [N, C, H, W], timesteps [N], prompt embeddings [N, L, D], for SDXL more.
 
     Args:
@@ -112,6 +106,7 @@ def example(config: Any, scale: int, samples: int, resolution: int | None, dtype
         samples: N.
         resolution: side of the pictures in pixels; None is what the UNet was made for.
         dtype: of the arguments.
+        length: of no meaning for a picture.
     """
     side = resolution // scale if resolution else config.sample_size
     made: dict[str, Any] = {

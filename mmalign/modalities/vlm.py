@@ -80,7 +80,9 @@ def skeleton(source: str | Path) -> Skeleton:
     with torch.device("meta"):
         network = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(source)))
 
-    def example(samples: int, resolution: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    def example(
+        samples: int, resolution: int | None, dtype: torch.dtype, length: float | None = None
+    ) -> dict[str, Any]:
         tokens = torch.zeros(samples, PLANNED_TOKENS, dtype=torch.int64)
         return {"input_ids": tokens, "use_cache": False, "logits_to_keep": PLANNED_TOKENS // 2}
 

@@ -79,9 +79,18 @@ def verify_cache(run: Run, dtype: torch.dtype) -> list[str]:
 
 
 def framed(modality: Any, run: Run) -> Any:
-    """The modality with the run's resolution and buckets."""
+    """The modality with the run's resolution, length and buckets.
+
+    Raises:
+        UserError: its media have no such length.
+    """
     if run.resolution:
         modality.resolution = run.resolution
+    for name in ("num_frames", "audio_length_in_s"):
+        if getattr(run, name) is not None:
+            if not hasattr(modality, name):
+                raise UserError(f"{name} is given, but {modality.source or 'this model'} has no such; leave it out.")
+            setattr(modality, name, getattr(run, name))
     if run.aspect_buckets:
         modality.aspect_buckets = True
     return modality
@@ -99,6 +108,7 @@ def facts_of(run: Run, dtype: torch.dtype) -> Facts:
             **shared,
             "encoder": fingerprints(vae, Path(run.cache_dir or "")) if vae else media,
             "resolution": run.resolution or _made_for(Path(run.pretrained_model_name_or_path)) or parts,
+            "length": run.length,
             "aspect_buckets": run.aspect_buckets,
             "moments": run.cache_moments,
         },

@@ -33,7 +33,7 @@ def operations(run: Run, skeleton: Any = None, members: int = 2) -> dict[str, in
     with FakeTensorMode(allow_non_fake_inputs=True):
         counts = dict.fromkeys(("policy forward", "backward", "reference", "VAE", "text"), 0)
         inputs = tree_map_only(
-            torch.Tensor, torch.Tensor.detach, skeleton.example(members, run.resolution, torch.float32)
+            torch.Tensor, torch.Tensor.detach, skeleton.example(members, run.resolution, torch.float32, run.length)
         )
         network = fake(parts["network"], torch.float32)
         if "reference" in run.objective.needs and not run.cache_reference:

@@ -118,7 +118,7 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
 
         if run.gradient_checkpointing:
             checkpoint_blocks(model, block, run.gradient_checkpointing_every)
-        inputs = skeleton.example(samples, run.resolution, dtype)
+        inputs = skeleton.example(samples, run.resolution, dtype, run.length)
         with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)), kept:
             model(**inputs)
     return trained, kept.bytes + max(blocks)
@@ -191,7 +191,7 @@ def fake_encoding(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> 
     """What encodes pictures as large as the run's latents ask for; it is made, and to be called, on fake tensors."""
     vae = skeleton.parts["vae"]
     dtype = dtype if run.pretrained_vae_model_name_or_path or dtype.itemsize > 4 else torch.float32
-    latents = next(iter(skeleton.example(samples, run.resolution, dtype).values()))
+    latents = next(iter(skeleton.example(samples, run.resolution, dtype, run.length).values()))
     side = latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
     pictures = torch.zeros(samples, vae.config.in_channels, side, side, dtype=dtype)
     return partial(fake(vae, dtype).requires_grad_(False).eval().encode, pictures)

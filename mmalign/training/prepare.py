@@ -39,7 +39,7 @@ def prepare_attention(modality: Any, run: Run, accelerator: Any) -> str:
     def inputs() -> dict[str, Any]:
         skeleton = mmalign.skeleton(run.pretrained_model_name_or_path)
         with torch.device(modality.device):
-            return skeleton.example(1, run.resolution, modality.unwrapped.dtype)
+            return skeleton.example(1, run.resolution, modality.unwrapped.dtype, run.length)
 
     with accelerator.autocast():
         return modality.use_attention(run.attention, inputs)

@@ -23,6 +23,8 @@ class Run:
         pretrained_vae_model_name_or_path: another VAE; it then runs in the weights' precision.
         lora: a LoRA to start from; the reference is then that LoRA.
         resolution: side of the training pictures in pixels; None for the model's own.
+        num_frames: of the training videos; None for the model's own.
+        audio_length_in_s: of the training sounds; None for the model's own.
         max_train_samples: read no more comparisons than this.
         dataset_fraction: read the first share of them, in (0, 1].
         dataset_split: of a hub data set.
@@ -94,6 +96,8 @@ class Run:
     pretrained_vae_model_name_or_path: str | None = None
     lora: str | None = None
     resolution: int | None = None
+    num_frames: int | None = None
+    audio_length_in_s: float | None = None
     max_train_samples: int | None = None
     dataset_fraction: float | None = None
     dataset_split: str = "train"
@@ -155,6 +159,7 @@ class Run:
             "user_tokens",
             "rows_at_once",
             "gradient_checkpointing_every",
+            "num_frames",
         )
         for name in (*at_least_one, "checkpointing_steps", "validation_steps", "early_stop", "draws_per_sample"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -168,8 +173,9 @@ class Run:
         self._check_reference()
         if self.score_scale is not None and not self.score_scale[0] < self.score_scale[1]:
             raise UserError(f"score_scale is {self.score_scale}; its first number has to be the smaller one.")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate is {self.learning_rate}; it has to be above 0.")
+        for name in ("learning_rate", "audio_length_in_s"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it has to be above 0.")
         if self.lora and not self.use_lora:
             raise UserError("lora is given but use_lora is off; a full fine-tune cannot start from a LoRA.")
         if self.backward == "two-pass" and getattr(self.objective, "mixes", False):
@@ -201,6 +207,11 @@ class Run:
                 f"{name} draws by {type(draw).__name__} under the policy, which changes as it learns, so its reference"
                 ' cannot be cached; take a draw with view="reference", or FreshNoise, or leave cache_reference out.'
             )
+
+    @property
+    def length(self) -> float | None:
+        """Frames of a video or seconds of a sound, where they are given."""
+        return self.num_frames or self.audio_length_in_s
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values, for `recipe.json`."""

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import mmalign
-from mmalign.modalities.latent_image import LORA_FILE
+from mmalign.modalities.latent import LORA_FILE
 from mmalign.objectives import DiffusionDPO
 from mmalign.records import UserError
 from mmalign.surrogate import FreshNoise, Keys, RectifiedFlow
@@ -54,11 +54,11 @@ def test_encode_gives_shifted_latents_and_both_embeddings(modality, pairs):
     assert encoded.x0.shape == encoded.x0_std.shape == (4, 16, 8, 8)
     assert encoded.cond["prompt_embeds"].shape == (4, 77 + 256, 24)
     assert encoded.cond["pooled_prompt_embeds"].shape == (4, 8 + 12)
-    pixels, _ = modality._crop(pairs[0], 0, modality.frame(pairs[0]))
+    pixels, _ = modality._read(pairs[0], 0, modality.frame(pairs[0]))
     posterior = modality.pipeline.vae.encode(pixels[None]).latent_dist
     assert torch.allclose(encoded.x0[:1], (posterior.mean - 0.0609) * 1.5305, atol=1e-6)
     assert torch.allclose(encoded.x0_std[:1], posterior.std * 1.5305, atol=1e-6)
-    assert modality._decode(encoded.x0[:1])[0].size == (16, 16)
+    assert modality._decode(encoded.x0[:1], {})[0].size == (16, 16)
 
 
 def test_a_batch_encodes_as_its_parts_and_each_prompt_once(modality, pairs, monkeypatch):

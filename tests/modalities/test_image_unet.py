@@ -44,7 +44,7 @@ def test_encode_gives_latents_embeddings_and_real_time_ids(tiny_sdxl, pairs):
     # a member takes the ids of its group's first picture.
     assert encoded.cond["time_ids"][2].tolist() == [32, 64, 0, 8, 16, 16]
     assert torch.equal(encoded.cond["time_ids"][2], encoded.cond["time_ids"][3])
-    decoded = modality._decode(encoded.x0[:1])[0]
+    decoded = modality._decode(encoded.x0[:1], {})[0]
     assert decoded.size == (16, 16)
 
 
