@@ -7,10 +7,8 @@ Source: LAION-AI/CLAP @ 1fd4c37, laion_clap/hook.py and training/data.py (get_me
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmalign.records import Sound, Text, UserError
+from mmalign.media import sound_of
+from mmalign.records import UserError
 from mmalign.scoring.scorer import Card, Scorer
 
 RATE_HZ, WINDOW, HOP, MELS = 48_000, 1024, 480, 64
@@ -27,15 +26,6 @@ SAMPLES, FRAMES = 10 * RATE_HZ, 1001
 TOKENS = 77
 CROPS = ("seeded", "centre")
 REMEMBERED_PROMPTS = 4096  # best-of-N, pairs and validation ask for the same prompts again and again
-MAX_SAMPLES = 2**26  # 23 minutes of one channel; checked on the header, before anything is decoded
-MAX_KERNEL = 2**24  # a filter of two rates without a large common divisor would fill the memory
-# librosa's kaiser_best, by which the official code resampled before librosa 0.10; soxr_hq since then.
-KAISER_BEST = {
-    "resampling_method": "sinc_interp_kaiser",
-    "lowpass_filter_width": 64,
-    "rolloff": 0.9475937167399596,
-    "beta": 14.769656459379492,
-}
 
 
 class ClapScorer(Scorer):
@@ -57,8 +47,8 @@ class ClapScorer(Scorer):
 
     def prepare(self, medium: Any, *, condition: Sequence = (), name: str = "") -> tuple[Tensor, bool]:
         """What `features` gives of a sound: a `Sound`, a path, or a file's bytes."""
-        wave, content = decode(medium, name=name)
-        return features(wave, fusion=self.fusion, seed=content if self.crop == "seeded" else None)
+        wave, content = sound_of(medium, RATE_HZ, mono=True, name=name)
+        return features(wave[0], fusion=self.fusion, seed=content if self.crop == "seeded" else None)
 
     def judge(self, prepared: Sequence[tuple[Tensor, bool]], prompts: Sequence[str]) -> dict[str, Tensor]:
         """See `Scorer.judge`."""
@@ -94,43 +84,6 @@ def load(card: Card, device: str | torch.device = "cpu") -> ClapScorer:
     if told["missing_keys"]:
         raise UserError(f"{source}: is no whole CLAP, it lacks {min(told['missing_keys'])}; fetch it again.")
     return ClapScorer(card, model, tokenizer, device)
-
-
-def decode(medium: Any, *, name: str = "") -> tuple[np.ndarray, bytes]:
-    """A sound as float32 [T] at 48 kHz, its channels averaged, and its file's content.
-
-    Raises:
-        UserError: The sound is missing ("missing_file"), is damaged, empty or no sound ("undecodable"), or is too long
-            ("too_large").
-    """
-    source = medium.source if isinstance(medium, Sound) else medium
-    is_path = isinstance(source, str | Path)
-    where = f"{name} ({source})" if name and is_path else name or (str(source) if is_path else "a sound in memory")
-    if isinstance(source, Text) or not isinstance(source, str | Path | bytes):
-        raise UserError(f"{where}: is a {type(medium).__name__} where a sound is needed; take a scorer of that kind.")
-    try:
-        import soundfile
-        from torchaudio.functional import resample
-    except (ImportError, OSError) as error:  # OSError: built for another torch
-        raise UserError(f"sound needs torchaudio and soundfile ({error}): pip install 'mmalign[audio]'.") from error
-    try:
-        content = Path(source).read_bytes() if is_path else source
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            rate, channels = file.samplerate, file.channels
-            too_large = max(file.frames * channels, file.frames * RATE_HZ // rate) > MAX_SAMPLES
-            wave = None if too_large else file.read(dtype="float32", always_2d=True).mean(axis=1)
-    except FileNotFoundError:
-        raise UserError(f"{where}: no such sound; check the path.", "missing_file") from None
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise UserError(f"{where}: cannot be decoded ({error}); mend or remove the sound.", "undecodable") from error
-    common = np.gcd(rate, RATE_HZ)
-    if wave is None or (rate // common) * (RATE_HZ // common) > MAX_KERNEL:
-        raise UserError(f"{where}: is too long, or of an odd rate ({rate} Hz); cut or resample it.", "too_large")
-    if not len(wave) or not np.isfinite(wave).all():
-        raise UserError(f"{where}: holds no samples, or some that are no numbers; remove the sound.", "undecodable")
-    if rate != RATE_HZ:
-        wave = resample(torch.from_numpy(wave), rate, RATE_HZ, **KAISER_BEST).numpy()
-    return wave, content
 
 
 def features(wave: np.ndarray, *, fusion: bool, seed: bytes | None = None) -> tuple[Tensor, bool]:

@@ -9,7 +9,8 @@ import soundfile
 import torch
 import yaml
 
-from mmalign.records import Sound, Text, UserError, Video
+from mmalign.media import sound_of
+from mmalign.records import Sound, UserError
 from mmalign.scoring import clap, load_scorer
 
 RATE = 48_000
@@ -137,64 +138,6 @@ def test_the_content_decides_the_place_of_a_cut():
 # --- decoding ---
 
 
-def encoded(wave, rate=RATE, kind="WAV", subtype="FLOAT"):
-    file = io.BytesIO()
-    soundfile.write(file, wave, rate, format=kind, subtype=subtype)
-    return file.getvalue()
-
-
-def test_a_sound_is_a_path_or_bytes(tmp_path):
-    content = encoded(WAVES["noise"])
-    (tmp_path / "a.wav").write_bytes(content)
-    for medium in (Sound(content), Sound(tmp_path / "a.wav"), tmp_path / "a.wav", str(tmp_path / "a.wav"), content):
-        wave, same = clap.decode(medium)
-        assert same == content
-        np.testing.assert_array_equal(wave, WAVES["noise"])
-
-
-def test_channels_are_averaged():
-    stereo = np.stack([WAVES["tone"], WAVES["noise"]], axis=1)
-    wave, _ = clap.decode(Sound(encoded(stereo)))
-    np.testing.assert_allclose(wave, stereo.mean(axis=1), atol=1e-7)
-
-
-@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 96_000])
-def test_other_rates_are_resampled(rate):
-    time = np.arange(rate) / rate
-    wave, _ = clap.decode(Sound(encoded(0.5 * np.sin(2 * np.pi * 1000 * time), rate)))
-    assert len(wave) == RATE
-    inner = slice(RATE // 10, -RATE // 10)
-    np.testing.assert_allclose(wave[inner], WAVES["tone"][inner], atol=1e-4)
-
-
-def test_the_rate_of_the_file_counts():
-    assert len(clap.decode(Sound(encoded(WAVES["tone"][:24_000], 24_000), sample_rate_hz=16_000))[0]) == RATE
-
-
-FLAC = encoded(WAVES["noise"], kind="FLAC", subtype="PCM_16")
-
-
-@pytest.mark.parametrize(
-    ("medium", "reason", "words"),
-    [
-        (Sound(b"RIFF nothing"), "undecodable", "row 7: cannot be decoded"),
-        (Sound(b""), "undecodable", "row 7: cannot be decoded"),
-        (Sound(FLAC[: len(FLAC) // 2]), "undecodable", "row 7: "),
-        (Sound(encoded(np.zeros(0))), "undecodable", "row 7: holds no samples"),
-        (Sound(encoded(np.array([0.1, np.nan]))), "undecodable", "row 7: holds no samples, or some"),
-        (Sound("absent.wav"), "missing_file", r"row 7 \(absent\.wav\): no such sound"),
-        (Sound(encoded(np.zeros(9), 47_999)), "too_large", r"odd rate \(47999 Hz\)"),
-        (Sound(encoded(np.zeros(1500), 1)), "too_large", "too long"),
-        (Video(b""), "bad_row", "is a Video where a sound is needed"),
-        (Text("words"), "bad_row", "is a Text where a sound is needed"),
-    ],
-)
-def test_what_cannot_be_heard_is_named(medium, reason, words):
-    with pytest.raises(UserError, match=words) as error:
-        clap.decode(medium, name="row 7")
-    assert error.value.reason == reason
-
-
 # --- the whole scorer, on random weights in the layout of the real folder ---
 
 
@@ -243,6 +186,12 @@ def tiny(folder):
     return load_scorer(folder)
 
 
+def encoded(wave):
+    file = io.BytesIO()
+    soundfile.write(file, wave, RATE, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 NAMES = ["tone", "noise", "silence", "one sample", "chirp"]
 MEDIA = [Sound(encoded(WAVES[name])) for name in NAMES] + [Sound(encoded(LONG))]
 PROMPTS = ["a dog", "rain on a roof", "nothing", "", "a dog", "<s> " + "long " * 100]
@@ -253,7 +202,7 @@ def test_scores_are_cosines_of_the_model(tiny):
     assert scores.isfinite().all()
     assert scores.unique().numel() == len(MEDIA)
     for medium, prompt, score in zip(MEDIA, PROMPTS, scores, strict=True):
-        mel, longer = clap.features(*clap.decode(medium)[:1], fusion=tiny.fusion, seed=medium.source)
+        mel, longer = clap.features(sound_of(medium, RATE, mono=True)[0][0], fusion=tiny.fusion, seed=medium.source)
         # as the official code has it: 77 tokens, padded
         tokens = tiny.tokenizer([prompt], padding="max_length", truncation=True, max_length=77, return_tensors="pt")
         assert tokens["input_ids"].shape == (1, 77)

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
+from mmalign.media import frames_of
 from mmalign.records import UserError
 from mmalign.scoring import list_scorers, load_scorer
-from mmalign.scoring.frames import fit, frames_of, reader
+from mmalign.scoring.frames import fit, reader
 from tests.conftest import picture
 from tests.tiny import tiny_video_vlm
 
@@ -176,7 +177,7 @@ def test_videoreward_is_three_normalised_axes_and_their_sum(base, tmp_path, outp
     for row, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS, strict=True)):
         text = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
         text += question.replace("{prompt}", prompt) + "<|im_end|>\n<|im_start|>assistant\n"
-        shown = list(frames_of(video, **frames, pixels=PIXELS))
+        shown = list(frames_of(video, **frames, each=lambda picture: fit(picture, PIXELS)))
         batch = processor(text=[text], videos=[shown], do_resize=False, return_tensors="pt")
         with torch.no_grad():
             raw = wrapped.base_model.model.rewards(batch, ids)  # [3 tokens, outputs]
