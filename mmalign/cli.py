@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from mmalign import bundled
+from mmalign.generating import Sampling
 from mmalign.records import UserError
 
 USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its flags)
@@ -135,8 +136,7 @@ def compare(
     prompts: str = "embedded:development",
     scorer: tuple[str, ...] = (),
     output_dir: str = "compare",
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 it is frozen
     seed: int = 0,
     limit: int | None = None,
     user: str | None = None,
@@ -147,21 +147,20 @@ def compare(
     Args:
         base: model: hub id, pipeline folder or .safetensors file; "embedded" for the embedded one.
         aligned: a LoRA (file or folder) for that model, or another model.
-        prompts: text file, one prompt a line; or a split of the embedded prompts, such as embedded:test.
+        prompts: file of prompts as mmalign generate takes it, with input pictures too; or a split of the embedded ones.
         scorer: a scorer that judges, once or more; default embedded-hps and embedded-clip.
         output_dir: where report.html and grid.png go.
-        num_inference_steps: sampling steps; default the pipeline's.
-        guidance_scale: default the pipeline's.
-        seed: of the first picture; the others count on.
+        sampling: how they are made.
+        seed: of the first medium; the others count on.
         limit: take the first so many prompts.
         user: whom the aligned pictures are for, if ALIGNED was trained for users.
         users: file with that user's embedding; default users.safetensors in ALIGNED.
     """
     from mmalign.commands import compare_models
 
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     scorer = scorer or ("embedded-hps", "embedded-clip")
-    compare_models(base, aligned, prompts, scorer, output_dir, seed=seed, limit=limit, whose=(user, users), **settings)
+    chosen = {"seed": seed, "limit": limit, "whose": (user, users)}
+    compare_models(base, aligned, prompts, scorer, output_dir, **chosen, **sampling.given)
 
 
 def generate(
@@ -170,13 +169,7 @@ def generate(
     num: int = 4,
     output_dir: str = "candidates",
     lora: str | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 it is frozen
     seed: int = 0,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -194,13 +187,7 @@ def generate(
         num: candidates of each prompt by each model.
         output_dir: of candidates; those that it holds are not made again.
         lora: put on every MODEL that names none itself.
-        num_inference_steps: sampling steps; default the pipeline's.
-        guidance_scale: default the pipeline's.
-        negative_prompt: default none.
-        height: of the pictures in pixels; default the model's.
-        width: of the pictures in pixels; default the model's.
-        max_new_tokens: an answer is cut after so many.
-        temperature: of sampled answers.
+        sampling: how they are made.
         seed: of the run; a candidate's seed is a function of it, the prompt and the candidate's place.
         limit: take the first so many prompts.
         batch_size: candidates made at once; default found while it runs.
@@ -208,15 +195,6 @@ def generate(
     """
     from mmalign.generating import generate_candidates
 
-    settings = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-    }
     generate_candidates(
         models,
         prompts,
@@ -227,7 +205,7 @@ def generate(
         limit=limit,
         batch_size=batch_size,
         layout=layout,
-        settings=settings,
+        settings=sampling.given,
     )
 
 
@@ -447,7 +425,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif name in FLAGS:
             import tyro
 
-            config = (tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
+            config = (
+                tyro.conf.PositionalRequiredArgs,
+                tyro.conf.UseAppendAction,
+                tyro.conf.OmitArgPrefixes,  # flags of a group without its name in front
+            )
             parsed(FLAGS[name], rest, prog=f"mmalign {name}", config=config)
         else:
             raise UserError(f"{name!r} is no command of mmalign; there are {', '.join(sorted(OWN | FLAGS))}.")

@@ -49,10 +49,10 @@ def this_process() -> PartialState:
 def both_sides(
     modality: Any, views: Any, prompts: Sequence[str], seeds: Sequence[int], user: Any = None, **settings: Any
 ) -> tuple[list[Any], list[Any]]:
-    """Pictures of the reference and of the policy for the same prompts and seeds; the policy's are for `user`."""
+    """Media of the reference and of the policy for the same prompts and seeds; the policy's are for `user`."""
     sides = []
-    for view, title in (("reference", "Base pictures"), ("policy", "Aligned pictures")):
-        with stage(title, len(prompts)) as advance, views(view):
+    for view, side in (("reference", "Base"), ("policy", "Aligned")):
+        with stage(f"{side} {modality.medium}s", len(prompts)) as advance, views(view):
             told = {"user": user} if user is not None and view == "policy" else {}
             sides.append(modality.generate(prompts, seeds=seeds, progress=advance, **settings, **told))
     return sides[0], sides[1]
@@ -71,6 +71,7 @@ def report(
     roles: Mapping[str, str] | None = None,
     headline: str | None = None,
     count: int = 0,
+    conditions: Sequence[Sequence[Any]] | None = None,
 ) -> None:
     """Writes report.html and grid.png, prints the table, and completes the model card.
 
@@ -78,14 +79,15 @@ def report(
         folder: of the report.
         title: of the report.
         result: scores of both sides.
-        prompts: of the pictures.
-        base: pictures.
-        aligned: pictures.
+        prompts: of the media.
+        base: media.
+        aligned: media.
         run: the training behind it, if there was one.
         facts: name -> what it was, for the foot of the report.
         roles: scorer -> what it is here, shown behind its name.
         headline: the scorer of the report's first sentence; default the first.
         count: of the comparisons that were trained on.
+        conditions: input pictures of the prompts.
     """
     from mmalign.evaluation.report import write_report
     from mmalign.training.card import write_card
@@ -113,6 +115,7 @@ def report(
         files=files,
         roles=roles,
         headline=headline,
+        conditions=conditions,
     )
     rows = [
         [
@@ -126,7 +129,7 @@ def report(
         for row in result.rows()
     ]
     header = ["scorer", "win rate", "95 % interval", "before", "after", "change, 95 %"]
-    table(f"Aligned against base, {len(prompts)} pictures of the same prompts and seeds", header, rows)
+    table(f"Aligned against base, {len(prompts)} of the same prompts and seeds", header, rows)
     if run is not None:
         lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
         write_card(Path(run.output_dir), run, metrics, comparisons_count=count, results="\n".join(lines))
@@ -205,6 +208,7 @@ def compare_models(
     **settings: Any,
 ) -> None:
     """What `mmalign compare` does: a LoRA is compared with its base on one set of weights, models one by one."""
+    from mmalign.data.generate import check_settings
     from mmalign.embedded import path as embedded_path
     from mmalign.evaluation.compare import score_sides
     from mmalign.training.views import WeightViews
@@ -212,25 +216,35 @@ def compare_models(
     quiet_libraries()
     if any(whose) and not (Path(aligned) / "user_layers.safetensors").is_file():
         raise UserError(f"{aligned}: has no user layers, so it cannot make pictures for a user; leave --user out.")
-    texts = [prompt.text for prompt in read_prompts(prompts, limit)]
+    asked = read_prompts(prompts, limit)
+    texts = [prompt.text for prompt in asked]
+    shown = [prompt.images for prompt in asked] if any(prompt.images for prompt in asked) else None
+    told = settings | ({"images": shown} if shown else {})
     judges = {name: mmalign.load_scorer(name) for name in scorers}
     base = str(embedded_path()) if base == "embedded" else base
     seeds = list(range(seed, seed + len(texts)))
-    if (Path(aligned) / "model_index.json").is_file():
+
+    def load(source: str, **options: Any) -> Any:
+        modality = mmalign.load(source, **options)
+        check_settings(modality, told, source)
+        return modality
+
+    if any((Path(aligned) / name).is_file() for name in ("model_index.json", "config.json")):
         sides = []
-        for title, source in (("Base pictures", base), ("Aligned pictures", aligned)):
-            with stage(title, len(texts)) as advance:
-                sides.append(mmalign.load(source).generate(texts, seeds=seeds, progress=advance, **settings))
+        for side, source in (("Base", base), ("Aligned", aligned)):
+            modality = load(source)
+            with stage(f"{side} {modality.medium}s", len(texts)) as advance:
+                sides.append(modality.generate(texts, seeds=seeds, progress=advance, **told))
     elif (Path(aligned) / "user_layers.safetensors").is_file():
         has_lora = (Path(aligned) / "pytorch_lora_weights.safetensors").is_file()
         who = _embedding(aligned, *whose)
-        modality = mmalign.load(base, lora=aligned if has_lora else None, user_layers=aligned)
+        modality = load(base, lora=aligned if has_lora else None, user_layers=aligned)
         views = WeightViews(modality, same_weights=True)
-        sides = both_sides(modality, views, texts, seeds, user=who, **settings)
+        sides = both_sides(modality, views, texts, seeds, user=who, **told)
     else:
-        modality = mmalign.load(base, lora=aligned)
-        sides = both_sides(modality, WeightViews(modality), texts, seeds, **settings)
-    result = score_sides(texts, *sides, judges)
+        modality = load(base, lora=aligned)
+        sides = both_sides(modality, WeightViews(modality), texts, seeds, **told)
+    result = score_sides(texts, *sides, judges, conditions=shown)
     facts = {"base": base, "aligned": aligned, "prompts": f"{len(texts)} of {prompts}", "first seed": seed}
     facts |= {name: value for name, value in {"user": whose[0], **settings}.items() if value is not None}
     report(
@@ -240,6 +254,7 @@ def compare_models(
         texts,
         *sides,
         facts=facts,
+        conditions=shown,
     )
 
 

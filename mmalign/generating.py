@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,40 @@ from mmalign.records import UserError
 
 if TYPE_CHECKING:
     from mmalign.data.generate import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How media are generated; what is left out is the model's own.
+
+    Attributes:
+        num_inference_steps: sampling steps.
+        guidance_scale: of the prompt.
+        negative_prompt: what is not wanted.
+        height: in pixels.
+        width: in pixels.
+        num_frames: of a video.
+        fps: frames that a video shows a second.
+        audio_length_in_s: seconds of a sound.
+        max_new_tokens: an answer is cut after so many.
+        temperature: of sampled answers.
+    """
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    audio_length_in_s: float | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def generate_candidates(

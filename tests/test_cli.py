@@ -76,15 +76,17 @@ def test_unknown_flag_names_the_nearest(recipe, tmp_path, capsys):
 @pytest.mark.filterwarnings("error")
 def test_the_flags_are_those_of_the_signature():
     import inspect
+    from dataclasses import is_dataclass
 
     import tyro
 
     from mmalign.cli import FLAGS, flags_of
 
-    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
+    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction, tyro.conf.OmitArgPrefixes)
     for name, function in FLAGS.items():
-        fields = inspect.signature(function).parameters.values()
-        expected = {"--" + field.name.replace("_", "-") for field in fields if field.default is not field.empty}
+        fields = [f for f in inspect.signature(function).parameters.values() if f.default is not f.empty]
+        groups = [vars(field.default) if is_dataclass(field.default) else [field.name] for field in fields]
+        expected = {"--" + name.replace("_", "-") for group in groups for name in group}
         found = flags_of(function, config=config)
         assert expected | {"--help"} <= found, name
         assert {flag for flag in found if not flag.startswith("--no-")} <= expected | {"-h", "--help"}, name

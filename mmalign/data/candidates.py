@@ -3,9 +3,11 @@
 A candidates folder holds parts of either layout, and `candidates.json` that says what was asked:
 
 - "parquet": `part-<12 hex>.parquet`, one row a candidate, which `datasets` reads with its pictures;
-- "folder": `part-<12 hex>/` with `metadata.jsonl` and `<id>.png` beside it, the `imagefolder` of `datasets`.
+- "folder": `part-<12 hex>/` with `metadata.jsonl` and `<id>.png` (.flac, .mp4) beside it, the `imagefolder` of
+  `datasets`.
 
-Columns: id, prompt, image or text, model, seed, parameters (JSON), user, condition (input pictures), number.
+Columns: id, prompt, image (or audio, video, text), model, seed, parameters (JSON), user, condition (input pictures),
+number.
 """
 
 import hashlib
@@ -18,13 +20,15 @@ from typing import Any
 
 from PIL import Image
 
-from mmalign.records import Text, UserError
+from mmalign.records import Sound, Text, UserError, Video
 from mmalign.storage import atomic_file, atomic_folder, read_json, write_json
 
 CANDIDATES = "candidates.json"
 METADATA = "metadata.jsonl"
 SAME = ("id", "prompt", "model", "seed", "user", "number")  # columns that are a candidate's attributes as they are
 LAYOUTS = ("parquet", "folder")
+KINDS: dict[type, tuple[str, str]] = {Text: ("text", ""), Sound: ("audio", ".flac"), Video: ("video", ".mp4")}
+PICTURE = ("image", ".png")  # column and file ending of all others
 GROUP_ROWS = 32  # rows that a reader loads at once
 
 
@@ -35,7 +39,7 @@ class Candidate:
     Attributes:
         id: 24 hex digits, see `candidate_id`.
         prompt: What was asked for.
-        medium: A picture (a PIL image, encoded bytes or a path; encoded when read) or a `Text` answer.
+        medium: A picture (a PIL image, encoded bytes or a path; encoded when read), or a `Sound`, `Video` or `Text`.
         model: The model's label.
         seed: Of the sampling, in [0, 2**31).
         parameters: Generation settings, model source and LoRA; what JSON holds.
@@ -71,11 +75,13 @@ def contents_of(condition: Sequence[Any] | None) -> list[str]:
 
 
 def encoded(medium: Any) -> bytes:
-    """A picture's file content: kept byte by byte where it has one, else PNG.
+    """A medium's file content: kept byte by byte where it has one, else PNG.
 
     Raises:
         UserError: The file is missing.
     """
+    if isinstance(medium, Sound | Video):
+        medium = medium.source
     if isinstance(medium, Mapping):
         medium = medium.get("bytes") or medium["path"]
     if isinstance(medium, str | Path):
@@ -122,16 +128,16 @@ def candidate_ids(folder: str | Path) -> Iterator[str]:
 
 
 def write_part(folder: str | Path, candidates: Sequence[Candidate], layout: str = "parquet") -> Path:
-    """Writes candidates, all pictures or all text, as one new part of a folder; one of the same ids is replaced.
+    """Writes candidates, all of one kind of medium, as one new part of a folder; one of the same ids is replaced.
 
     Raises:
         UserError: An unknown layout, or an input picture that cannot be read.
-        ValueError: No candidates, or pictures and texts in one part.
+        ValueError: No candidates, or pictures, sounds, videos and texts in one part.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: there are {' and '.join(LAYOUTS)}.")
-    if len({isinstance(one.medium, Text) for one in candidates}) != 1:
-        raise ValueError("a part holds one candidate or more, either all pictures or all text")
+    if len({_kind(one) for one in candidates}) != 1:
+        raise ValueError("a part holds one candidate or more, all of one kind of medium")
     name = hashlib.sha256("".join(one.id for one in candidates).encode()).hexdigest()[:12]
     if layout == "parquet":
         path = Path(folder) / f"part-{name}.parquet"
@@ -152,6 +158,11 @@ def note(folder: str | Path, asked: Mapping[str, Any]) -> None:
         write_json(path, {"asked": [*before, asked]})
 
 
+def _kind(one: Candidate) -> tuple[str, str]:
+    """Column and file ending of its medium."""
+    return KINDS.get(type(one.medium), PICTURE)
+
+
 def _plain(one: Candidate) -> dict[str, Any]:
     """The columns that are the same in both layouts."""
     return {
@@ -161,14 +172,15 @@ def _plain(one: Candidate) -> dict[str, Any]:
 
 
 def _write_parquet(path: Path, candidates: Sequence[Candidate]) -> None:
+    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, List, Value
     from datasets import Image as Picture
 
     text, number = Value("string"), Value("int64")
-    is_text = isinstance(candidates[0].medium, Text)
-    medium: dict[str, Any] = {"text": text} if is_text else {"image": Picture()}
+    column, ending = _kind(candidates[0])
+    medium: dict[str, Any] = {column: text if column == "text" else getattr(datasets, column.title())()}
     schema = Features(
         **{"id": text, "prompt": text, **medium, "model": text, "seed": number},
         **{"parameters": text, "user": text, "condition": List(Picture()), "number": number},
@@ -178,8 +190,10 @@ def _write_parquet(path: Path, candidates: Sequence[Candidate]) -> None:
             rows = []
             for one in candidates[start : start + GROUP_ROWS]:
                 shown = one.condition and [{"bytes": encoded(picture)} for picture in one.condition]
-                made = str(one.medium) if is_text else {"bytes": encoded(one.medium), "path": f"{one.id}.png"}
-                rows.append({**_plain(one), "condition": shown, "text" if is_text else "image": made})
+                made = (
+                    str(one.medium) if column == "text" else {"bytes": encoded(one.medium), "path": f"{one.id}{ending}"}
+                )
+                rows.append({**_plain(one), "condition": shown, column: made})
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
@@ -191,7 +205,7 @@ def _write_folder(folder: Path, candidates: Sequence[Candidate]) -> None:
             if isinstance(one.medium, Text):
                 row["text"] = str(one.medium)
             else:
-                row["file_name"] = f"{one.id}.png"
+                row["file_name"] = f"{one.id}{_kind(one)[1]}"
                 (folder / row["file_name"]).write_bytes(encoded(one.medium))
             if has_condition:
                 row["condition_file_names"] = [_kept(picture, folder) for picture in one.condition or ()]
@@ -234,7 +248,11 @@ def _candidate(row: dict[str, Any], part: Path) -> Candidate:
     if "text" in row:
         medium: Any = Text(row["text"])
     else:
-        medium = row["image"]["bytes"] if "image" in row else part / row["file_name"]
+        column = next((name for name in ("image", "audio", "video") if name in row), None)
+        medium = row[column]["bytes"] if column else part / row["file_name"]
+        ending = Path(row[column]["path"] if column else row["file_name"]).suffix
+        kind = next((kind for kind, (_, own) in KINDS.items() if own == ending), None)
+        medium = kind(medium) if kind else medium
     shown = [picture["bytes"] for picture in row.get("condition") or ()]
     shown += [part / name for name in row.get("condition_file_names", ())]
     same = {name: row[name] for name in SAME}

@@ -198,12 +198,19 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _loaded(model: Model, settings: Mapping[str, Any]) -> Any:
     modality = model.load()
+    check_settings(modality, {**model.settings, **settings}, model.label)
+    return modality
+
+
+def check_settings(modality: Any, settings: Mapping[str, Any], label: str) -> None:
+    """Raises UserError where `modality.generate` does not take a setting; `label` is the model's name."""
     known = _accepted(modality)
-    for name in {**model.settings, **settings}:
+    for name in settings:
+        if name == "images" and name not in known:
+            raise UserError(f"{label}: takes no input pictures, but prompts have images; take the column out.")
         if name not in known:
             flags = ", ".join(sorted(f"--{one.replace('_', '-')}" for one in known - OURS)) or "none"
-            raise UserError(f"{model.label}: takes no --{name.replace('_', '-')}; its settings are {flags}.")
-    return modality
+            raise UserError(f"{label}: takes no --{name.replace('_', '-')}; its settings are {flags}.")
 
 
 def _accepted(modality: Any) -> set[str]:
@@ -238,10 +245,7 @@ def _batches(
         if "batch_size" in known:
             told["batch_size"] = len(batch)
         if any(job.condition for job in batch):
-            if "images" not in known:
-                raise UserError(
-                    f"{model.label}: takes no input pictures, but prompts have images; take the column out."
-                )
+            check_settings(modality, {"images": batch}, model.label)
             told["images"] = [[open_image(one) for one in job.condition or ()] for job in batch]
         media = size.run(len(batch), partial(_attempt, modality, batch, told))
         if media is None:

@@ -76,9 +76,10 @@ def score_sides(
     aligned_media: Sequence,
     scorers: Mapping[str, Scorer],
     *,
+    conditions: Sequence[Sequence] | None = None,
     batch_size: int = 32,
 ) -> Result:
-    """Scores both sides of N prompts with every scorer.
+    """Scores both sides of N prompts, and their input pictures where they have any, with every scorer.
 
     Raises:
         UserError: nothing to compare, no scorer, or the lengths differ.
@@ -90,8 +91,8 @@ def score_sides(
         raise UserError("A comparison needs at least one prompt and one scorer.")
     scores = {
         name: {
-            "base": scorer.score(base_media, prompts, batch_size=batch_size).double().numpy(),
-            "aligned": scorer.score(aligned_media, prompts, batch_size=batch_size).double().numpy(),
+            side: scorer.score(media, prompts, conditions=conditions, batch_size=batch_size).double().numpy()
+            for side, media in (("base", base_media), ("aligned", aligned_media))
         }
         for name, scorer in scorers.items()
     }

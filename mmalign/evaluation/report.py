@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mmalign.evaluation.compare import Result, Row
-from mmalign.records import open_image
+from mmalign.evaluation.stills import data, element, font, still, wrapped
 from mmalign.storage import atomic_file
 
 COLOURS = "#12a06a", "#e0703a", "#5b7fde", "#b65fc4"  # of lines, readable on white and on black
@@ -45,8 +43,8 @@ def grid(
     Args:
         path: where to write it.
         prompts: N texts.
-        base: N pictures of the model before.
-        aligned: N pictures of the model after, for the same prompts and seeds in the same order.
+        base: N media of the model before: pictures, `Video`, `Sound` or `Text`; see `still`.
+        aligned: N media of the model after, for the same prompts and seeds in the same order.
         columns: pairs side by side; further pairs go below.
         side: edge of a picture in the PNG, in pixels; 256 with six columns is sharp at twice README width.
         names: what the two rows are called.
@@ -54,9 +52,9 @@ def grid(
     prompts, base, aligned = list(prompts), list(base), list(aligned)
     columns = max(1, min(columns, len(prompts)))
     gap, text = side // 24, max(12, side // 11)
-    font, bold = _font(text), _font(text + 2, bold=True)
+    plain, bold = font(text), font(text + 2, bold=True)
     gutter = int(max(map(bold.getlength, names))) + 3 * gap
-    captions = [_wrapped(p, font, side) for p in prompts]
+    captions = [wrapped(p, plain, side) for p in prompts]
     below = int(text * 1.35) * max(map(len, captions), default=1) + 3 * gap
     band = 2 * side + gap + below
     width, height = gutter + columns * (side + gap) + gap, -(-len(prompts) // columns) * band + 2 * gap
@@ -73,7 +71,7 @@ def grid(
                 draw.text((gutter - gap * 1.5, middle), names[row], colour, bold, anchor="rm")
         for n, line in enumerate(lines):
             at = (left + side // 2, top + 2 * side + 2 * gap + int(n * text * 1.35))
-            draw.text(at, line, "#333333", font, anchor="ma")
+            draw.text(at, line, "#333333", plain, anchor="ma")
     with atomic_file(Path(path)) as partial:
         sheet.save(partial, "PNG", optimize=True)
     return Path(path)
@@ -92,6 +90,7 @@ def write_report(
     files: Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
     headline: str | None = None,
+    conditions: Sequence[Sequence[Any]] | None = None,
 ) -> Path:
     """Writes `report.html` (one file, no links out, no scripts), `grid.png` and `scores.json` into a folder.
 
@@ -99,15 +98,16 @@ def write_report(
         folder: where to write; made if missing.
         title: of the page, for example "DPO on the embedded model".
         result: the scores behind the table; they may cover more pictures than are shown.
-        prompts: of the pictures to show, of which the first 12 are used.
-        base: pictures of the model before.
-        aligned: pictures of the model after, row by row the same prompt and seed.
+        prompts: of the media to show, of which the first 12 are used.
+        base: media of the model before.
+        aligned: media of the model after, row by row the same prompt and seed.
         metrics: the run's log, one mapping a step (`step`, `loss`, `implicit_accuracy`, `margin`,
             `chosen_log_ratio`, `rejected_log_ratio`, `validation/NAME_change`); what is missing is left out.
         facts: settings and versions for the foot of the page.
         files: name -> what it is, for the files beside the report.
         roles: scorer -> what it is here ("chose the pairs", "held out"), shown below its name.
         headline: the scorer of the first sentence; default: the result's first.
+        conditions: the pictures or videos that each prompt was shown with.
 
     Returns:
         The path of `report.html`.
@@ -119,12 +119,13 @@ def write_report(
     rows = result.rows()
     lead = next((row for row in rows if row.scorer == headline), rows[0])
     shown = min(SHOWN, len(prompts))
+    asked = (conditions or [()] * shown)[:shown]
     grid(folder / "grid.png", prompts[:shown], base[:shown], aligned[:shown])
     with atomic_file(folder / "scores.json") as partial:
         partial.write_text(result.to_json(), encoding="utf-8")
     pairs = [
-        {"prompt": p, "base": _inline(b), "aligned": _inline(a)}
-        for p, b, a in zip(prompts[:shown], base[:shown], aligned[:shown], strict=True)
+        {"prompt": p, "shown": [element(one) for one in c or ()], "base": element(b), "aligned": element(a)}
+        for p, c, b, a in zip(prompts[:shown], asked, base[:shown], aligned[:shown], strict=True)
     ]
     templates = Environment(loader=PackageLoader("mmalign.evaluation", "."), autoescape=True, trim_blocks=True)
     page = templates.get_template("report.html.jinja").render(
@@ -221,27 +222,12 @@ def _chart(lines: Mapping[str, tuple[np.ndarray, np.ndarray]], ink: str) -> str:
         spine.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", transparent=True)
-    return _data(buffer.getvalue())
-
-
-def _inline(medium: Any, side: int = 320) -> str:
-    """A picture as a data URI, scaled to at most `side` pixels; small ones stay as they are."""
-    picture = open_image(medium)
-    if max(picture.size) > side:
-        picture = picture.copy()
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return _data(buffer.getvalue())
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return data("image/png", buffer.getvalue())
 
 
 def _tile(medium: Any, side: int) -> tuple[Image.Image, Image.Image]:
-    """A picture fitted into a square, its longer side filling it, and a mask with rounded corners."""
-    picture = open_image(medium)
+    """A medium's picture fitted into a square, its longer side filling it, and a mask with rounded corners."""
+    picture = still(medium, side)
     scale = side / max(picture.size)
     size = tuple(max(1, round(edge * scale)) for edge in picture.size)
     tile = Image.new("RGB", (side, side), "#eeeeee")
@@ -249,15 +235,3 @@ def _tile(medium: Any, side: int) -> tuple[Image.Image, Image.Image]:
     mask = Image.new("L", (2 * side, 2 * side))
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 2 * side - 1, 2 * side - 1), side // 10, 255)
     return tile, mask.resize((side, side), Image.Resampling.LANCZOS)
-
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    from matplotlib.font_manager import FontProperties, findfont
-
-    return ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")), size)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
-    """At most `most` lines that fit the width."""
-    letters = max(4, int(width / font.getlength("n")))
-    return textwrap.wrap(text, letters, max_lines=most, placeholder=" …") or [""]

@@ -148,9 +148,11 @@ class Modality(Protocol):
         network: the one trained module. `predict` and `generate` call `self.network`, so whoever prepares it
             (accelerate, compile, PEFT) assigns it back.
         source: where it was loaded from.
+        medium: what it makes, in a word: picture, video, sound, answer.
     """
 
     path: NoisePath | None
+    medium: str
     network: nn.Module
     source: str
     resolution: int

@@ -105,11 +105,13 @@ class VLMModality(Holder):
 
     Attributes:
         path: None, as there is no noise.
+        medium: what it makes, in a word.
         processor: makes tokens and patches.
         ends: ids of the tokens that end an answer.
     """
 
     path = None
+    medium = "answer"
 
     def __init__(self, network: Any, processor: Any, source: str = "") -> None:
         self.network: nn.Module = network.requires_grad_(False).eval()

@@ -14,6 +14,8 @@ from mmalign.data.candidates import (
     read_candidates,
     write_part,
 )
+from mmalign.data.media import open_source
+from mmalign.media import make_sound, make_video
 from mmalign.records import Text, UserError, open_image
 from mmalign.storage import sweep
 from tests.conftest import picture
@@ -50,6 +52,20 @@ def test_text_answers_stay_text(tmp_path, layout):
     (back,) = read_candidates(tmp_path)
     assert back.medium == "zwei\nZeilen"
     assert isinstance(back.medium, Text)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "folder"])
+def test_sounds_and_videos_keep_their_kind_and_content(tmp_path, layout):
+    media = {"a": make_sound([0.0, 0.5], 8000), "b": make_video([picture(0), picture(1)], 2)}
+    for folder, medium in media.items():
+        write_part(tmp_path / folder, [made(0, medium)], layout)
+        (back,) = read_candidates(tmp_path / folder)
+        assert type(back.medium) is type(medium)
+        assert encoded(back.medium) == medium.source
+        (row,) = open_source(tmp_path / folder).rows()
+        assert row.medium == back.medium
+    with pytest.raises(ValueError, match="all of one kind"):
+        write_part(tmp_path, [made(n, medium) for n, medium in enumerate(media.values())], layout)
 
 
 @pytest.mark.parametrize("with_input", [True, False])
@@ -124,7 +140,7 @@ def test_what_is_and_what_is_no_candidates_folder(tmp_path):
 def test_what_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="layout 'zip'"):
         write_part(tmp_path, [made(0, picture(0))], "zip")
-    with pytest.raises(ValueError, match="all pictures or all text"):
+    with pytest.raises(ValueError, match="all of one kind"):
         write_part(tmp_path, [made(0, picture(0)), made(1, Text("a"))])
     with pytest.raises(ValueError, match="one candidate or more"):
         write_part(tmp_path, [])
