@@ -81,6 +81,7 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
     import tyro
 
     from mmalign.cli import parsed
+    from mmalign.surrogate import AnswerTokens
 
     if not hasattr(run, "objective"):
         raise UserError(f"{prog}: this recipe trains a scorer; run it with mmalign train-scorer.")
@@ -100,7 +101,9 @@ def with_flags(run: Any, argv: Sequence[str], *, prog: str) -> Any:
         default = typed(**{**values, "objective": flags(**dict.fromkeys(required, tyro.MISSING))})
         flagged = parsed(typed, argv, prog=prog, default=default)
         given = {field.name: getattr(flagged.objective, field.name) for field in dataclasses.fields(flags)}
-        objective = kind(**given, **({"draw": run.objective.draw} if own else {}))  # else the method's own draw
+        # Else the method's own draw; a token model has one draw for all methods
+        draw = {"draw": run.objective.draw} if own or isinstance(run.objective.draw, AnswerTokens) else {}
+        objective = kind(**given, **draw)
     except ValueError as error:
         raise UserError(f"{prog}: {error}.") from error
     values = {field.name: getattr(flagged, field.name) for field in dataclasses.fields(run)}

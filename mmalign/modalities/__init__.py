@@ -21,10 +21,15 @@ from mmalign.surrogate.paths import Path as NoisePath
 Only = Literal["network", "encoders"] | None  # which parts are loaded; see `mmalign.load`
 
 FAMILIES = {
+    "CogVideoXPipeline": "mmalign.modalities.video",
     "Qwen2VLForConditionalGeneration": "mmalign.modalities.vlm",
+    "FluxPipeline": "mmalign.modalities.image_dit",
+    "PixArtAlphaPipeline": "mmalign.modalities.image_dit",
+    "PixArtSigmaPipeline": "mmalign.modalities.image_dit",
     "StableDiffusion3Pipeline": "mmalign.modalities.image_dit",
     "StableDiffusionPipeline": "mmalign.modalities.image_unet",
     "StableDiffusionXLPipeline": "mmalign.modalities.image_unet",
+    "WanPipeline": "mmalign.modalities.video",
 }
 
 
@@ -38,12 +43,17 @@ class Skeleton:
             current device; the length is a video's frames or a sound's seconds.
         lora_targets: module names that a LoRA trains by default.
         frozen: parts, tokenizers among them, that training from a cache does without.
+        media: (samples, resolution or None, length or None) -> shape of what the VAE takes; None for pictures, which
+            are squares as large as the latents of `example` ask for.
+        encoded_at_once: media that the VAE takes together.
     """
 
     parts: dict[str, nn.Module]
     example: Callable[[int, int | None, dtype, float | None], dict[str, Any]]
     lora_targets: tuple[str, ...]
     frozen: tuple[str, ...] = ()
+    media: Callable[[int, int | None, float | None], tuple[int, ...]] | None = None
+    encoded_at_once: int = 8
 
 
 # One thing encoded by itself, without a batch dimension: a medium, or a prompt with its condition. See data/cache.py
@@ -272,7 +282,7 @@ def load(
     if user_layers:
         from mmalign.modalities.user import load_layers
 
-        load_layers(modality.network, user_layers)
+        load_layers(modality.network, user_layers, modality.add_user_layers)
     return modality
 
 

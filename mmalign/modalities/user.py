@@ -18,7 +18,8 @@ Shapes: N samples, D features of an embedding, T tokens, W width of the text, L 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,13 @@ def save_layers(network: nn.Module, folder: str | Path) -> None:
     save_file(weights, Path(folder) / LAYERS_FILE, metadata=facts)
 
 
-def load_layers(network: nn.Module, path: str | Path) -> None:
+def load_layers(network: nn.Module, path: str | Path, add: Callable[..., Any] | None = None) -> None:
     """Puts trained user layers on a network.
 
     Args:
         network: of the architecture that they were trained on.
         path: the file, or a run's folder.
+        add: (features, tokens) puts untrained ones on it; default `add_layers`.
 
     Raises:
         UserError: no such file, not user layers, or of another architecture.
@@ -199,7 +201,7 @@ def load_layers(network: nn.Module, path: str | Path) -> None:
         with safe_open(file, "pt") as opened:
             facts = opened.metadata() or {}
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        add_layers(network, int(facts["features"]), int(facts["tokens"]))
+        (add or partial(add_layers, network))(int(facts["features"]), int(facts["tokens"]))
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{file}: is no file of user layers ({error}).") from error
     own = layers(network)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mmalign.modalities import Encoded, Holder, Only, Piece, Skeleton
 from mmalign.modalities.adapter_files import load_adapter, save_adapter
+from mmalign.modalities.soft_tokens import add_soft_tokens, hiding, told
+from mmalign.modalities.user import has_layers, layers, save_layers
 from mmalign.records import Comparison, Text, UserError, open_image
 from mmalign.surrogate.draws import generator
 from mmalign.surrogate.likelihood import Cond
@@ -167,7 +169,8 @@ class VLMModality(Holder):
                 raise UserError(
                     f"comparison {item.id!r}: medium {number} is no text; {self.source} learns from text answers."
                 )
-            made.append({"answer": torch.tensor(self._tokens(answer, f"comparison {item.id!r}, answer {number}"))})
+            tokens = self._tokens(answer, f"comparison {item.id!r}, answer {number}")
+            made.append({"answer": torch.tensor(tokens + self._end_of_turn)})
         return made
 
     def assemble(self, prompts: Sequence[Piece], media: Sequence[Sequence[Piece]]) -> Encoded:
@@ -192,7 +195,7 @@ class VLMModality(Holder):
 
     def _tokens(self, answer: str, where: str) -> list[int]:
         self._check(answer, where)
-        return self.processor.tokenizer(answer, add_special_tokens=False).input_ids + self._end_of_turn
+        return self.processor.tokenizer(answer, add_special_tokens=False).input_ids
 
     def _check(self, text: str, where: str) -> None:
         """Text with control tokens in it would end turns or ask for pictures that are not there."""
@@ -247,19 +250,31 @@ class VLMModality(Holder):
         Qwen2-VL, and once more in float32; so those of the prompt are not made. `backward="two-pass"` makes N 1.
         """
         first = int(probe.mask.any(0).int().argmax())
-        inputs: dict[str, Any] = {"input_ids": probe.tokens, "use_cache": False}
-        for name, value in probe.cond.view(view).to(self.device, self.unwrapped.dtype).items():
+        cond = probe.cond.view(view)
+        with told(self.unwrapped, cond.get("user")):
+            inputs = self._inputs(probe.tokens, cond)
+            return self.network(**inputs, use_cache=False, logits_to_keep=probe.tokens.shape[1] - first + 1).logits
+
+    def _inputs(self, tokens: Tensor, cond: Cond) -> dict[str, Any]:
+        """The network's arguments for N rows."""
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        for name, value in cond.to(self.device, self.unwrapped.dtype).items():
             if isinstance(value, list):
                 # Patches and grids of all pictures stand behind each other, in the rows' order
                 given = [one for one in value if one is not None]
                 inputs |= {name: torch.cat(given)} if given else {}
-            elif name != "answer_mask":
+            elif name not in ("answer_mask", "user"):
                 inputs[name] = value
-        return self.network(**inputs, logits_to_keep=probe.tokens.shape[1] - first + 1).logits
+        return inputs
 
     def lora_targets(self) -> list[str]:
         """The attention projections of the text decoder; the vision tower stays as it is."""
         return text_projections(self.unwrapped)
+
+    def add_user_layers(self, features: int, tokens: int, seed: int = 0) -> dict[str, nn.Parameter]:
+        """Puts untrained soft tokens on the network, which start at 0 whatever the seed, and returns their map."""
+        add_soft_tokens(self.unwrapped, features, tokens)
+        return layers(self.unwrapped)
 
     # -- generation ----------------------------------------------------------------------------------------
 
@@ -272,6 +287,10 @@ class VLMModality(Holder):
         images: Sequence[Sequence[Any]] | None = None,
         max_new_tokens: int = 128,
         temperature: float = 1.0,
+        user: Tensor | None = None,
+        starts: Sequence[str] | None = None,
+        hidden: Sequence[Callable[[int], Any]] | None = None,
+        stop: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Text]:
         """Answers, one a prompt; answer i is a function of `seeds[i]` and its own prompt.
@@ -282,6 +301,10 @@ class VLMModality(Holder):
             images: for every prompt the pictures shown before it, things that `open_image` takes.
             max_new_tokens: an answer is cut after so many.
             temperature: divides the logits; 0 takes the likeliest token.
+            user: whom they are for, an embedding [D] or [N, D]; it needs user layers.
+            starts: for every prompt how the answer begins; it is continued, and stands in what comes back.
+            hidden: for every prompt which of its pictures' tokens nothing attends to, their number -> that many bools.
+            stop: a text, such as a full stop, after which an answer ends as well.
             progress: is told how many answers were finished, one after the other.
 
         Raises:
@@ -293,21 +316,36 @@ class VLMModality(Holder):
             raise ValueError(
                 f"{len(prompts)} prompts, {len(seeds)} seeds, {len(images)} images: give one of each a prompt"
             )
+        whose = [None] * len(prompts) if user is None else user.to(self.device).expand(len(prompts), -1).split(1)
         training = self.network.training
         self.network.eval()
         answers: list[Text] = []
         try:
             for number, (text, seed, shown) in enumerate(zip(prompts, seeds, images, strict=True)):
                 pictures = [open_image(one, name=f"prompt {number}, picture {n}") for n, one in enumerate(shown)]
-                prompt = Cond(self._prompt(text, pictures, f"prompt {number}")).to(self.device, self.unwrapped.dtype)
-                answers.append(self._continue(prompt, int(seed), max_new_tokens, temperature))
+                prompt = self._prompt(text, pictures, f"prompt {number}")
+                begun = self._tokens(starts[number] if starts else "", f"prompt {number}, its answer's start")
+                row = self._row(prompt, torch.tensor(begun, dtype=torch.int64))
+                off = self._picture_tokens(row.x0[0], hidden[number]) if hidden else None
+                with told(self.unwrapped, whose[number]), hiding(self.unwrapped, off):
+                    tokens = self._continue(row, int(seed), max_new_tokens, temperature, stop)
+                new = tokens[prompt["input_ids"].shape[1] :]
+                answers.append(Text(self.processor.tokenizer.decode(new, skip_special_tokens=True)))
                 if progress:
                     progress(1)
         finally:
             self.network.train(training)
         return answers
 
-    def _continue(self, prompt: Cond, seed: int, max_new_tokens: int, temperature: float) -> Text:
+    def _picture_tokens(self, tokens: Tensor, chosen: Callable[[int], Any]) -> Tensor:
+        """[L] bool, true for those of a row's picture tokens that are chosen."""
+        places = torch.nonzero(tokens == self.unwrapped.config.image_token_id).squeeze(1)
+        found = torch.zeros_like(tokens, dtype=torch.bool)
+        found[places] = torch.as_tensor(chosen(len(places)), device=tokens.device)
+        return found
+
+    def _continue(self, row: Encoded, seed: int, max_new_tokens: int, temperature: float, stop: str | None) -> Tensor:
+        """The tokens of one row and of what follows [L]."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         def noised(tokens: Tensor, scores: Tensor) -> Tensor:
@@ -325,9 +363,9 @@ class VLMModality(Holder):
             pad_token_id=min(self.ends),
         )
         processors = LogitsProcessorList([noised] if temperature else [])  # pyright: ignore[reportArgumentType]
-        tokens = self.unwrapped.generate(**prompt, generation_config=config, logits_processor=processors)
-        new = tokens[0, prompt["input_ids"].shape[1] :]
-        return Text(self.processor.tokenizer.decode(new, skip_special_tokens=True))
+        ends = {"stop_strings": stop, "tokenizer": self.processor.tokenizer} if stop else {}
+        inputs = self._inputs(row.x0, row.cond)
+        return self.unwrapped.generate(**inputs, generation_config=config, logits_processor=processors, **ends)[0]
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -340,10 +378,13 @@ class VLMModality(Holder):
         load_adapter(self.unwrapped, path, name, self.source)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the adapter as PEFT reads it, or the whole model with its processor where there is no adapter."""
+        """Writes user layers and the adapter as PEFT reads it; without either the whole model with its processor."""
         folder = Path(folder)
+        personal = has_layers(self.unwrapped)
+        if personal:
+            save_layers(self.unwrapped, folder)
         if "policy" in getattr(self.unwrapped, "peft_config", {}):
             save_adapter(self.unwrapped, folder, self.source)
-        else:
+        elif not personal:
             self.unwrapped.save_pretrained(folder)
             self.processor.save_pretrained(folder)

@@ -9,13 +9,14 @@ from torch import Tensor
 from mmalign.objectives.dpo import DiffusionDPO
 from mmalign.objectives.inpo import InPO
 from mmalign.objectives.mapo import MaPO
+from mmalign.objectives.mmdpo import MMDPO
 from mmalign.objectives.ppd import PPD
 from mmalign.objectives.rankdpo import RankDPO
 from mmalign.objectives.sft import SFT
 from mmalign.objectives.smpo import SmPO
 from mmalign.surrogate import Draw, Feedback, Likelihood, Path
 
-__all__ = ["PPD", "SFT", "DiffusionDPO", "InPO", "MaPO", "RankDPO", "SmPO"]
+__all__ = ["MMDPO", "PPD", "SFT", "DiffusionDPO", "InPO", "MaPO", "RankDPO", "SmPO"]
 
 
 class Objective(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.surrogate import Draw, Feedback, FreshNoise, Likelihood, Path
+from mmalign.surrogate import AnswerTokens, Draw, Feedback, FreshNoise, Likelihood, Path
 
 
 def ranks(feedback: Feedback) -> Tensor:
@@ -54,8 +54,8 @@ class RankDPO:
         feedback.check_scores()
         if feedback.score.min() < 0 or feedback.score.max() > 1:
             raise ValueError("RankDPO's scores are gains in [0, 1]; rank the data, or give score_scale = (low, high)")
-        if path is None and isinstance(self.draw, FreshNoise):
-            raise ValueError("a token model has no noise to draw; give RankDPO draw=AnswerTokens()")
+        if path is None and not isinstance(self.draw, AnswerTokens | None):
+            raise ValueError("a token model has no noise to draw; in a recipe give draw=AnswerTokens()")
 
     def __call__(self, likelihood: Likelihood, feedback: Feedback) -> Tensor:
         """[G] losses, in the order of the group numbers."""
@@ -66,5 +66,5 @@ class RankDPO:
         discount = math.log(self.log_base) / torch.log1p(ranks(feedback).to(ratio))
         delta = (gains[win] - gains[lose]).abs() * (discount[win] - discount[lose]).abs()
         loss = -delta * logsigmoid(self.beta * (ratio[win] - ratio[lose]))
-        groups, number = torch.unique(feedback.group, return_inverse=True)
-        return ratio.new_zeros(len(groups)).index_add(0, number[win], loss * feedback.weights()[win].to(loss))
+        count, number = feedback.lists
+        return ratio.new_zeros(count).index_add(0, number[win], loss * feedback.weights()[win].to(loss))

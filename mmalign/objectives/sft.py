@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mmalign.surrogate import Draw, Feedback, Likelihood, Path
@@ -30,7 +29,5 @@ class SFT:
 
     def __call__(self, likelihood: Likelihood, feedback: Feedback) -> Tensor:
         """[W] losses."""
-        same = feedback.group[:, None] == feedback.group[None, :]
-        beaten = (same & (feedback.score[:, None] < feedback.score[None, :])).any(1)
-        best = torch.nonzero(~beaten).squeeze(1)
-        return -2 * likelihood.logp["policy"][best] * feedback.weights()[best].to(likelihood.logp["policy"])
+        logp, best = likelihood.logp["policy"], feedback.best
+        return -2 * logp[best] * feedback.weights()[best].to(logp)

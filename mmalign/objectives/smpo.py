@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mmalign.surrogate import Draw, Feedback, Likelihood, Path, ReNoise
+from mmalign.surrogate import AnswerTokens, Draw, Feedback, Likelihood, Path, ReNoise
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class SmPO:
     loss = -log sigmoid(beta gain (2p - 1) (log_ratio[win] - log_ratio[lose]))
 
     Scores are the scorer's, normalised to [0, 1] over the data (`Run.score_scale`), so p is in [0.27, 0.73]. A tie in
-    score makes no pair, so equal scores give exactly no gradient.
+    score makes no pair, so equal scores give exactly no gradient. A token model takes the soft labels without the
+    inversion: `draw=AnswerTokens()`.
 
     Shapes: N samples, P pairs. Returns [P], unreduced, times the pair's weight.
     Units: beta as in DiffusionDPO; gain is the paper's gamma.
@@ -40,10 +41,10 @@ class SmPO:
             raise ValueError(f"beta is {self.beta} and gain {self.gain}; they have to be above 0")
 
     def check(self, path: Path | None, feedback: Feedback) -> None:
-        """Raises ValueError without scores, and for token models."""
+        """Raises ValueError without scores, and where a token model's answers would be inverted."""
         feedback.check_scores()
-        if path is None:
-            raise ValueError("SmPO inverts a noising process, which a token model does not have; take DiffusionDPO")
+        if path is None and not isinstance(self.draw, AnswerTokens):
+            raise ValueError("a token model has no noising process to invert; in a recipe give draw=AnswerTokens()")
 
     def __call__(self, likelihood: Likelihood, feedback: Feedback) -> Tensor:
         """[P] losses."""

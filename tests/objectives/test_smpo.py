@@ -7,7 +7,7 @@ import torch
 
 from mmalign.objectives import DiffusionDPO, SmPO
 from mmalign.records import Comparison
-from mmalign.surrogate import Feedback, Likelihood, ReNoise
+from mmalign.surrogate import AnswerTokens, Feedback, Likelihood, ReNoise
 from mmalign.training.step import feedback_of
 from tests.objectives.official import EPSILON, PAIRS, check_case, golden
 
@@ -62,5 +62,6 @@ def test_what_cannot_be_trained_is_refused():
         SmPO(beta=1).check(EPSILON, PAIRS)
     with pytest.raises(ValueError, match="token model"):
         SmPO(beta=1).check(None, belief(0.7))
+    SmPO(beta=1, draw=AnswerTokens()).check(None, belief(0.7))
     with pytest.raises(ValueError, match="NaN"):
         SmPO(beta=1).check(EPSILON, Feedback(torch.tensor([1, 1]), torch.tensor([0.3, math.nan])))
