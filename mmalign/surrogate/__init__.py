@@ -2,7 +2,7 @@
 
 from mmalign.surrogate.draws import AnswerTokens, DDIMInversion, FreshNoise, ReNoise
 from mmalign.surrogate.likelihood import Cond, Draw, Feedback, Keys, Likelihood, Probe, evaluate
-from mmalign.surrogate.paths import Path, RectifiedFlow, VariancePreserving
+from mmalign.surrogate.paths import Path, RectifiedFlow, VariancePreserving, VDiffusion
 from mmalign.surrogate.probes import NoisedProbe, TokenProbe, TransitionProbe
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "RectifiedFlow",
     "TokenProbe",
     "TransitionProbe",
+    "VDiffusion",
     "VariancePreserving",
     "evaluate",
 ]

@@ -1,17 +1,20 @@
-"""From data to noise and back: the two families of probability paths.
+"""From data to noise and back: the two families of probability paths, diffusion and flow.
 
 For both, x0 is data and t = 0 is clean. VariancePreserving counts t in whole timesteps 0 ... T-1 (diffusion
-models, SD1.5 to PixArt); RectifiedFlow has t in [0, 1] (SD3, FLUX, Wan). All functions take t as [N] and
-broadcast over any latent shape [N, ...], so pictures, video and sound share them.
+models, SD1.5 to PixArt); VDiffusion (Stable Audio) and RectifiedFlow (SD3, FLUX, Wan) have t in [0, 1]. All functions
+take t as [N] and broadcast over any latent shape [N, ...], so pictures, video and sound share them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from mmalign.surrogate.likelihood import send
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
@@ -76,40 +79,18 @@ class Path(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class VariancePreserving:
-    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise (DDPM, arXiv 2006.11239).
+class _Diffusion:
+    """x_t = signal(t) x0 + sigma(t) noise with signal^2 + sigma^2 = 1; a path says what its times are."""
 
-    Timestep 0 is the first noisy level; -1 stands for the data itself (alpha_bar = 1), where inversions start.
-
-    Attributes:
-        alphas_cumprod: [T], alpha_bar for timestep 0 ... T-1.
-        prediction_type: "epsilon", "v_prediction" or "sample", in diffusers' spelling.
-    """
-
-    alphas_cumprod: Tensor
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    weighted: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type {self.prediction_type!r} is not epsilon, v_prediction or sample")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
 
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self._alpha_bar(t).to(torch.promote_types(like.dtype, torch.float32))
-        return expand(alpha_bar.sqrt(), like), expand((1 - alpha_bar).sqrt(), like)
+        """Signal and sigma, expanded to `like`."""
+        raise NotImplementedError
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        alpha_bar = self.alphas_cumprod.to(t.device)[t.clamp(min=0)]
-        return torch.where(t < 0, torch.ones_like(alpha_bar), alpha_bar)
-
-    def timesteps(self, u: Tensor) -> Tensor:
-        """U in [0, 1) -> uniform integers 0 ... T-1."""
-        return (u * len(self.alphas_cumprod)).long().clamp_(max=len(self.alphas_cumprod) - 1)
-
-    def fraction(self, t: Tensor) -> Tensor:
-        """[N] how far into the noise, in [0, 1)."""
-        return t.double() / len(self.alphas_cumprod)
+        """[N] signal squared."""
+        raise NotImplementedError
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t."""
@@ -145,12 +126,7 @@ class VariancePreserving:
 
     def move(self, prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The deterministic DDIM step from t to s, in either direction (arXiv 2010.02502, eq. 12, eta = 0)."""
-        return self.advance(self.direction(prediction, x_t, t), x_t, t, s)
-
-    def grid(self, t: Tensor, steps: int) -> Tensor:
-        """[steps + 1, N] timesteps, -1 (data) first, t last; a timestep below `steps` comes up more than once."""
-        share = torch.arange(1, steps + 1, device=t.device, dtype=torch.float64)[:, None] / steps
-        return torch.cat([torch.full_like(t, -1)[None], (share * t).round().to(t.dtype)])
+        return self.interpolate(self.denoised(prediction, x_t, t), self.direction(prediction, x_t, t), s)
 
     def direction(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that a prediction made for x_t at timestep t implies."""
@@ -170,6 +146,78 @@ class VariancePreserving:
         """[N] DDIM's standard deviation at eta = 1 (arXiv 2010.02502, eq. 16); 0 where s is the data."""
         at, below = self._alpha_bar(t).double(), self._alpha_bar(s).double()
         return ((1 - below) / (1 - at) * (1 - at / below)).clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class VariancePreserving(_Diffusion):
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise (DDPM, arXiv 2006.11239).
+
+    Timestep 0 is the first noisy level; -1 stands for the data itself (alpha_bar = 1), where inversions start.
+
+    Attributes:
+        alphas_cumprod: [T], alpha_bar for timestep 0 ... T-1.
+        prediction_type: "epsilon", "v_prediction" or "sample", in diffusers' spelling.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    weighted: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type {self.prediction_type!r} is not epsilon, v_prediction or sample")
+
+    def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self._alpha_bar(t).to(torch.promote_types(like.dtype, torch.float32))
+        return expand(alpha_bar.sqrt(), like), expand((1 - alpha_bar).sqrt(), like)
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        alpha_bar = send(self.alphas_cumprod, t.device)[t.clamp(min=0)]
+        return torch.where(t < 0, torch.ones_like(alpha_bar), alpha_bar)
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """U in [0, 1) -> uniform integers 0 ... T-1."""
+        return (u * len(self.alphas_cumprod)).long().clamp_(max=len(self.alphas_cumprod) - 1)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """[N] how far into the noise, in [0, 1)."""
+        return t.double() / len(self.alphas_cumprod)
+
+    def grid(self, t: Tensor, steps: int) -> Tensor:
+        """[steps + 1, N] timesteps, -1 (data) first, t last; a timestep below `steps` comes up more than once."""
+        share = torch.arange(1, steps + 1, device=t.device, dtype=torch.float64)[:, None] / steps
+        return torch.cat([torch.full_like(t, -1)[None], (share * t).round().to(t.dtype)])
+
+
+@dataclass(frozen=True)
+class VDiffusion(_Diffusion):
+    """x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise, t in [0, 1] and uniform (arXiv 2202.00512; Stable Audio).
+
+    The network predicts v = cos(pi t / 2) noise - sin(pi t / 2) x0.
+    Source: Stability-AI/stable-audio-tools @ 50049e3, inference/sampling.py:9 and training/diffusion.py:381-420.
+    """
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = field(default="v_prediction", init=False)
+    weighted: bool = field(default=False, init=False)
+
+    def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        angle = t.double() * (math.pi / 2)
+        return expand(angle.cos(), like), expand(angle.sin(), like)
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        return (t.double() * (math.pi / 2)).cos().square()
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """U in [0, 1) -> itself, short of both ends."""
+        return u.double().clamp(1e-7, 1 - 1e-7).to(torch.float32)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        """[N] how far into the noise: t itself."""
+        return t.double()
+
+    def grid(self, t: Tensor, steps: int) -> Tensor:
+        """[steps + 1, N] evenly from 0 to t."""
+        return torch.arange(steps + 1, device=t.device, dtype=t.dtype)[:, None] * t / steps
 
 
 @dataclass(frozen=True)
