@@ -80,7 +80,10 @@ def hiding(network: Any, hidden: Tensor | None) -> Iterator[None]:
         return
 
     def mask(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        seen = kwargs.get("attention_mask")
+        seen, embedded, cache = (kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "past_key_values"))
+        if seen is None and embedded is not None:  # `generate` leaves out a mask that hides nothing
+            before = 0 if cache is None else cache.get_seq_length()
+            seen = torch.ones(len(embedded), before + embedded.shape[1], dtype=torch.int64, device=embedded.device)
         if not isinstance(seen, Tensor) or seen.ndim != 2:
             raise UserError(f"A {type(network).__name__} makes attention masks in which no token can be hidden.")
         off = nn.functional.pad(hidden.to(seen.device), (0, seen.shape[1] - len(hidden)))
