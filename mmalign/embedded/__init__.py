@@ -1,13 +1,14 @@
-"""The small text-to-image model that ships with mmalign, and the prompts it was and was not trained on."""
+"""The small models that ship with mmalign, and the prompts they were and were not trained on."""
 
 from pathlib import Path
 
 SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0}  # chosen on development prompts
+VLM_SAMPLING = {"max_new_tokens": 24, "temperature": 1.0}  # the distribution that was trained, and is aligned
 
 
-def path() -> Path:
-    """The folder of the embedded StableDiffusionXLPipeline."""
-    return Path(__file__).parent / "t2i"
+def path(model: str = "t2i") -> Path:
+    """The folder of an embedded model: "t2i", a StableDiffusionXLPipeline, or "vlm", a Qwen2-VL."""
+    return Path(__file__).parent / model
 
 
 def prompts(split: str) -> list[str]:
