@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign.surrogate.likelihood import Cond, Keys, Predict
+from mmalign.surrogate.likelihood import Cond, Keys, Predict, send
 from mmalign.surrogate.paths import Path, VariancePreserving, expand
 from mmalign.surrogate.probes import NoisedProbe, TokenProbe, at_least_float32
 
@@ -53,7 +53,7 @@ def normal(keys: Keys, stream: str, like: Tensor, *, per_sample: bool = True) ->
             values = generator(stream, keys.seed, *counter).standard_normal(tuple(like.shape[1:]), np.float32)
             made[counter] = torch.from_numpy(values)
         rows.append(made[counter])
-    return torch.stack(rows).to(device=like.device, dtype=like.dtype)
+    return send(torch.stack(rows), like.device, like.dtype)
 
 
 def timestep(keys: Keys, path: Path, low: float = 0.0) -> Tensor:
@@ -90,7 +90,7 @@ class FreshNoise:
 
     def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Path, predict: Predict | None = None) -> NoisedProbe:
         """Makes the probe of N samples."""
-        t = timestep(keys, path, self.low).to(x0.device)
+        t = send(timestep(keys, path, self.low), x0.device)
         noise = normal(keys, "noise", x0, per_sample=not self.shared)
         return NoisedProbe(path, x0, t, noise, cond)
 
@@ -168,7 +168,7 @@ class DDIMInversion:
 
     def __call__(self, x0: Tensor, cond: Cond, keys: Keys, path: Path, predict: Predict) -> NoisedProbe:
         """Makes the probe of N samples by `steps` network calls."""
-        t = timestep(keys, path, self.low).to(x0.device)
+        t = send(timestep(keys, path, self.low), x0.device)
         x = at_least_float32(x0)
         for number, leg in enumerate(legs(path, t, self.steps, self.grid)):
             moved = path.advance(self._direction(x, leg, cond, path, predict), x, leg.start, leg.end)

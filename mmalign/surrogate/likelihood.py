@@ -50,6 +50,19 @@ class Feedback:
         win, lose = torch.nonzero(same & better, as_tuple=True)
         return win, lose
 
+    @cached_property
+    def best(self) -> Tensor:
+        """[W] rows that nobody in their group beats; those that tie for it all count."""
+        same = self.group[:, None] == self.group[None, :]
+        beaten = (same & (self.score[:, None] < self.score[None, :])).any(1)
+        return torch.nonzero(~beaten).squeeze(1)
+
+    @cached_property
+    def lists(self) -> tuple[int, Tensor]:
+        """How many groups there are, and [N] each sample's, counted from 0 in the order of their numbers."""
+        groups, number = torch.unique(self.group, return_inverse=True)
+        return len(groups), number
+
     @property
     def labels_only(self) -> bool:
         """True where every score is 0 or 1: somebody's choice, not a scorer's numbers."""
@@ -78,8 +91,10 @@ class Feedback:
         """The same feedback on another device."""
         weight, user = (None if value is None else send(value, device) for value in (self.weight, self.user))
         moved = Feedback(send(self.group, device), send(self.score, device), weight, user)
-        win, lose = self.pairs()  # found here: a host has to wait for a GPU to learn how many there are
+        # Found here: a host has to wait for a GPU to learn how many there are
+        (win, lose), (count, number) = self.pairs(), self.lists
         moved.__dict__["_pairs"] = send(win, device), send(lose, device)
+        moved.__dict__["best"], moved.__dict__["lists"] = send(self.best, device), (count, send(number, device))
         return moved
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,7 +45,7 @@ def fit(
 
     Micro-batch times accumulation stays, so a step's gradient does as well. Ways are tried by their operations; of one
     way, the largest micro-batch that fits is taken. Another optimizer, which learns otherwise, comes last, and for
-    whole networks only: a LoRA's is small.
+    whole networks only: a LoRA's is small. Ways that the run refuses are left out.
 
     Args:
         run: the recipe.
@@ -58,43 +59,54 @@ def fit(
     """
     skeleton = skeleton or mmalign.skeleton(run.pretrained_model_name_or_path)
     comparisons = run.train_batch_size * run.gradient_accumulation_steps
-    sizes = [size for size in range(1, comparisons + 1) if comparisons % size == 0]
+    divisors = [size for size in range(1, comparisons + 1) if comparisons % size == 0]
     rejected: dict[str, int] = {}
 
-    @cache
-    def needed(name: str, optimizer: str, size: int) -> int:
-        changed = replace(run, **_WAYS[name], optimizer=optimizer, train_batch_size=size)
-        return plan(changed, dtype, skeleton, members).needs
+    def changed(changes: dict[str, Any], size: int) -> Run:
+        return replace(run, **changes, train_batch_size=size, gradient_accumulation_steps=comparisons // size)
 
-    for optimizer in _optimizers(run):
+    for optimizer, other in _optimizers(run).items():
+        sizes = [comparisons] if other.get("fused_backward", run.fused_backward) else divisors
         for name, way in _WAYS.items():
-            if way["backward"] == "two-pass" and getattr(run.objective, "mixes", False):
+            changes = way | other
+            try:
+                changed(changes, sizes[0])
+            except UserError:
                 continue
-            place = bisect_right(sizes, limit, key=partial(needed, name, optimizer))
+            needed = cache(lambda size, changes=changes: plan(changed(changes, size), dtype, skeleton, members).needs)
+            place = bisect_right(sizes, limit, key=needed)
             if not place:
-                rejected[f"{name}, {optimizer}"] = needed(name, optimizer, 1)
+                rejected[f"{name}, {optimizer}, {sizes[0]} at once"] = needed(sizes[0])
                 continue
             size = sizes[place - 1]
-            times = comparisons // size
-            taken = {**way, "optimizer": optimizer, "train_batch_size": size, "gradient_accumulation_steps": times}
             lines = [
-                f"Fits {limit / GIB:.2f} GiB: {name}, {optimizer}, {size} at once, {times} times a step;"
-                f" needs {needed(name, optimizer, size) / GIB:.2f} GiB, reserve included.",
-                *(f"Too large even one at a time: {other} ({b / GIB:.2f} GiB)." for other, b in rejected.items()),
+                f"Fits {limit / GIB:.2f} GiB: {name}, {optimizer}, {size} at once, {comparisons // size} times a step;"
+                f" needs {needed(size) / GIB:.2f} GiB, reserve included.",
+                *(f"Too large: {what} ({b / GIB:.2f} GiB)." for what, b in rejected.items()),
             ]
-            if optimizer != run.optimizer:
-                lines.append(f"{optimizer} does not learn as {run.optimizer} does: look at the learning rate.")
-            return replace(run, **taken), tuple(lines)
+            chosen = changed(changes, size)
+            if chosen.optimizer != run.optimizer:
+                lines.append(f"{chosen.optimizer} does not learn as {run.optimizer} does: look at the learning rate.")
+            if chosen.max_grad_norm != run.max_grad_norm:
+                lines.append(
+                    "Gradients are not clipped, as they are never held together; Adafactor limits its updates."
+                )
+            return chosen, tuple(lines)
     smallest = min(rejected, key=rejected.__getitem__)
     raise UserError(
-        f"--fit: nothing fits {limit / GIB:.2f} GiB; the smallest plan ({smallest}, one at a time) needs"
+        f"--fit: nothing fits {limit / GIB:.2f} GiB; the smallest plan ({smallest}) needs"
         f" {rejected[smallest] / GIB:.2f} GiB, so take a smaller resolution, a cache_dir, a LoRA or another machine."
     )
 
 
-def _optimizers(run: Run) -> list[str]:
-    """The run's own, then those that take less, where they are there."""
-    if run.use_lora or run.optimizer == "adafactor":
-        return [run.optimizer]
-    eight_bit = run.optimizer == "adamw" and torch.cuda.is_available() and find_spec("bitsandbytes")
-    return [run.optimizer, *(["adamw_8bit"] if eight_bit else []), "adafactor"]
+def _optimizers(run: Run) -> dict[str, dict[str, Any]]:
+    """The run's own, then those that take less, where they are there: name -> changes."""
+    found: dict[str, dict[str, Any]] = {run.optimizer: {}}
+    if run.use_lora or run.fused_backward:
+        return found
+    if run.optimizer == "adamw" and torch.cuda.is_available() and find_spec("bitsandbytes"):
+        found["adamw_8bit"] = {"optimizer": "adamw_8bit"}
+    adafactor = found["adafactor"] = {"optimizer": "adafactor"}
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        found["adafactor with fused backward"] = adafactor | {"fused_backward": True, "max_grad_norm": 0.0}
+    return found

@@ -22,11 +22,19 @@ from mmalign.data.fill import Stage, silent
 from mmalign.data.loader import Batches
 from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
+from mmalign.surrogate import AnswerTokens
 from mmalign.training import checkpoint, hub
 from mmalign.training.cached import as_it_is, cache_of, read_data, reference_of
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
-from mmalign.training.prepare import compile_blocks, make_accelerator, make_optimizer, prepare_attention, prepare_policy
+from mmalign.training.prepare import (
+    FusedBackward,
+    compile_blocks,
+    make_accelerator,
+    make_optimizer,
+    prepare_attention,
+    prepare_policy,
+)
 from mmalign.training.run import Run
 from mmalign.training.step import Meter, Step, feedback_of
 from mmalign.training.validate import Validation
@@ -56,7 +64,8 @@ def train(
 
     Raises:
         UserError: something in the recipe, the data or the output folder is wrong.
-        RuntimeError: too many steps had non-finite gradients, or the upload failed (the output folder is whole then).
+        RuntimeError: too many steps had non-finite gradients, or one of a fused backward; or the upload failed (the
+            output folder is whole then).
     """
     accelerator = make_accelerator(run)
     if not accelerator.is_main_process:
@@ -91,6 +100,8 @@ def train(
     log = Log(output_dir, accelerator, progress.step, watch)
 
     _all_steps(run, step, batches, learner, progress, validation, log)
+    if learner.fused:
+        learner.fused.remove()
     if _stops_early(run, progress):
         best = "no finite score" if progress.best is None else f"{progress.best:.4g} at step {progress.best_step}"
         say(f"Stopped early at step {progress.step}: the best of {run.validation_scorers[-1]} was {best}.")
@@ -123,6 +134,7 @@ class Learner:
         self.parameters = list(checkpoint.trained(self.network).values())
         optimizer, self.scheduler = make_optimizer(run, self.parameters)
         modality.network, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.fused = FusedBackward(self.optimizer.optimizer) if run.fused_backward else None
         self.state = {"optimizer": self.optimizer.optimizer, "lr_scheduler": self.scheduler}
         if accelerator.scaler is not None:
             self.state["scaler"] = accelerator.scaler
@@ -141,18 +153,28 @@ class Learner:
         say(f"Resumed at step {progress.step} from {folder}.")
         return progress
 
-    def clip(self) -> Tensor:
+    def clip(self, empty: bool) -> Tensor:
         """Clips the gradient; returns its norm before that, which tells whether the weights may move."""
-        return self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm)
+        if self.fused:
+            return self.fused.norm(empty)
+        return self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm or math.inf)
 
     def update(self, grad_norm: float, empty: bool) -> float:
         """One step of the optimizer and of its schedule; an empty step, or a non-finite gradient, changes no weight.
 
         Returns:
             The step's learning rate.
+
+        Raises:
+            RuntimeError: a fused backward has moved weights by a non-finite gradient already.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         moves, scaler = math.isfinite(grad_norm) and not empty, self.accelerator.scaler
+        if self.fused and self.fused.moved and not moves:
+            raise RuntimeError(
+                "Gradients became non-finite inside of a fused backward, when weights had moved; go on by"
+                " --resume-from-checkpoint latest --no-fused-backward."
+            )
         # A GradScaler has to see the overflow itself, to lower its scale
         if moves or (scaler is not None and not empty):
             self.optimizer.step()
@@ -190,7 +212,7 @@ def _all_steps(
 
     Raises:
         InterruptedError: SIGTERM came; the step under way was finished and saved.
-        RuntimeError: too many steps had non-finite gradients.
+        RuntimeError: too many steps had non-finite gradients, or one of a fused backward.
     """
     accelerator = step.accelerator
     if _stops_early(run, progress):  # the checkpoint's run did
@@ -253,7 +275,7 @@ def _one_step(
         likelihood, loss = step.backward(probe, feedback, scale, last=number == len(parts) - 1, known=known)
         meter.add(likelihood, loss, feedback)
         samples += len(probe)
-    metrics = meter.means(accelerator, grad_norm=learner.clip())
+    metrics = meter.means(accelerator, grad_norm=learner.clip(empty=not counted))
     learning_rate = learner.update(metrics["grad_norm"], empty=not counted)
     progress.step += 1
     if not math.isfinite(metrics["grad_norm"]):
@@ -315,6 +337,10 @@ def _check_first(run: Run, step: Step, batches: Batches) -> None:
                 "score_scale is set, but the scores are labels, 0 and 1: score the data first, or unset it"
             )
         run.objective.check(step.modality.path, feedback_of(items, run.score_scale))
+        if (step.modality.path is None) != isinstance(step.draw, AnswerTokens):
+            raise ValueError(
+                f"its draw is {type(step.draw).__name__}; a recipe gives token models AnswerTokens, others never"
+            )
     except ValueError as error:
         raise UserError(f"{type(run.objective).__name__} cannot be trained on {run.dataset_name}: {error}.") from error
     # A table's rows are read one by one with their pictures: there a missing user is met when its turn comes

@@ -81,11 +81,14 @@ def plan(run: Run, dtype: torch.dtype, skeleton: Any = None, members: int = 2) -
             with Live() as live:
                 encode()
         encoding = max(0, live.peak - activations)  # the VAE is done before there are activations
+    gradients = trained
+    if run.fused_backward:  # one is held at once, with two as large that Adafactor makes of it
+        gradients = 3 * max(parameter.numel() for parameter in skeleton.parts["network"].parameters())
     saved = {
         "network": counts["network"] * size * copies,
         "encoders and VAE": frozen,
         "trained weights": trained * 4 if run.use_lora else 0,
-        "gradients": trained * 4,
+        "gradients": gradients * 4,
         "optimizer": trained * states,
         "activations": activations,
         "encoding beyond them": encoding,
@@ -253,7 +256,7 @@ def _advice(run: Run, total: int) -> tuple[str, ...]:
         "--backward two-pass": run.backward == "plain",
         "--train-batch-size 1 with more --gradient-accumulation-steps": run.train_batch_size > 1,
         "--use-lora": not run.use_lora,
-        "--optimizer adafactor": run.optimizer == "adamw" and not run.use_lora,
+        "--optimizer adafactor --fused-backward --max-grad-norm 0": not (run.use_lora or run.fused_backward),
         "a smaller --resolution": True,
     }
     useful = [name for name, helps in options.items() if helps]

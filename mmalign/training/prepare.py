@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mmalign
@@ -21,16 +22,23 @@ from mmalign.training.views import WeightViews
 
 
 def make_accelerator(run: Run) -> Any:
-    """Accelerate's engine, in the run's precision."""
+    """Accelerate's engine, in the run's precision.
+
+    Raises:
+        UserError: weights are to move before several processes have summed their gradients.
+    """
     from accelerate import Accelerator
 
     precision = run.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     log_with = None if run.report_to == "none" else run.report_to
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision, log_with=log_with, project_dir=Path(run.output_dir) if log_with else None
     )
+    if run.fused_backward and accelerator.num_processes > 1:
+        raise UserError(f"fused_backward is for one process, and there are {accelerator.num_processes}; leave it out.")
+    return accelerator
 
 
 def prepare_attention(modality: Any, run: Run, accelerator: Any) -> str:
@@ -189,3 +197,39 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> tuple[Any, Any]:
     except ValueError as error:
         raise UserError(f"lr_scheduler {run.lr_scheduler!r} is not one that diffusers knows.") from error
     return optimizer, schedule
+
+
+class FusedBackward:
+    """Moves each parameter, and frees its gradient, inside of the backward that makes it whole.
+
+    The optimizer stays one, with its state and schedule; a parameter's step is its step with no other in the group.
+    As torch's tutorial "optimizer step in backward" and the --fused_backward_pass of kohya-ss/sd-scripts do.
+
+    Args:
+        optimizer: of one group, whose steps treat parameters apart, as Adafactor's do.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.norms: list[Tensor] = []  # of this backward's gradients
+        self.moved = False  # by the backward before
+        parameters = optimizer.param_groups[0]["params"]
+        self.handles = [parameter.register_post_accumulate_grad_hook(self._move) for parameter in parameters]
+
+    def _move(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.norms.append(torch.linalg.vector_norm(parameter.grad))
+        group = self.optimizer.param_groups[0]
+        everything, group["params"] = group["params"], [parameter]
+        self.optimizer.step()
+        group["params"], parameter.grad = everything, None
+
+    def norm(self, empty: bool) -> Tensor:
+        """Of the step's whole gradient; where nothing moved NaN, or 0 if there was nothing to learn from."""
+        norms, self.norms, self.moved = self.norms, [], bool(self.norms)
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0 if empty else math.nan)
+
+    def remove(self) -> None:
+        """Leaves the parameters as they were: a later backward moves nothing."""
+        for handle in self.handles:
+            handle.remove()

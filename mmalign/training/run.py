@@ -40,7 +40,7 @@ class Run:
         adam_beta2: AdamW's.
         adam_epsilon: AdamW's.
         adam_weight_decay: of either optimizer.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
         use_lora: train a LoRA; False trains the whole network against a frozen copy.
         rank: of the LoRA.
         lora_alpha: of the LoRA; None means the rank.
@@ -58,6 +58,8 @@ class Run:
         channels_last: memory format of convolutions, for UNets on a GPU.
         backward: "two-pass" has the same gradient with the memory of `rows_at_once` samples.
         rows_at_once: samples a two-pass backward holds.
+        fused_backward: of whole networks with adafactor: each weight moves inside of the backward, as soon as its
+            gradient is whole, and the gradient is freed; so all of them are never held at once.
         proportion_empty_prompts: share of comparisons that are shown the empty prompt.
         cache_latents: keep every comparison's latents and embeddings in memory after their first use.
         cache_dir: folder of caches on the disk (`mmalign cache`), filled first where that is not done yet; training
@@ -128,6 +130,7 @@ class Run:
     channels_last: bool = False
     backward: Literal["plain", "two-pass"] = "plain"
     rows_at_once: int = 1
+    fused_backward: bool = False
     proportion_empty_prompts: float = 0.0
     cache_latents: bool = False
     cache_dir: str | None = None
@@ -171,6 +174,7 @@ class Run:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be in [0, 1].")
         self._check_users()
         self._check_reference()
+        self._check_fused()
         if self.score_scale is not None and not self.score_scale[0] < self.score_scale[1]:
             raise UserError(f"score_scale is {self.score_scale}; its first number has to be the smaller one.")
         for name in ("learning_rate", "audio_length_in_s"):
@@ -208,6 +212,25 @@ class Run:
                 ' cannot be cached; take a draw with view="reference", or FreshNoise, or leave cache_reference out.'
             )
 
+    def _check_fused(self) -> None:
+        """Raises UserError where weights cannot move inside of the backward, or gradients cannot be clipped so."""
+        if not self.max_grad_norm >= 0:
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}; it has to be 0 (no clipping) or more.")
+        met = {
+            "use_lora off": not self.use_lora,
+            "optimizer adafactor": self.optimizer == "adafactor",
+            "max_grad_norm 0 (no clipping)": self.max_grad_norm == 0,
+            "gradient_accumulation_steps 1": self.gradient_accumulation_steps == 1,
+            "backward plain": self.backward == "plain",
+            "train_batch_size 1 with aspect_buckets": self.train_batch_size == 1 or not self.aspect_buckets,
+            "another mixed_precision than fp16": self.mixed_precision != "fp16",
+        }
+        unmet = [words for words, is_met in met.items() if not is_met]
+        if self.fused_backward and unmet:
+            raise UserError(
+                f"fused_backward moves weights inside of a step's one backward: it needs {', '.join(unmet)}."
+            )
+
     @property
     def length(self) -> float | None:
         """Frames of a video or seconds of a sound, where they are given."""
@@ -234,6 +257,7 @@ _FREE_TO_CHANGE = {
     "gradient_accumulation_steps",
     "backward",
     "rows_at_once",
+    "fused_backward",
     "attention",
     "gradient_checkpointing",
     "gradient_checkpointing_every",

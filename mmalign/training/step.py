@@ -201,7 +201,10 @@ class Step:
                 self.modality, probe, self.objective.needs, use=self.views, known=known, keep_prediction=mixes
             )
             loss = self.objective(likelihood, feedback)
-            self.accelerator.backward(loss.sum() * scale)
+            total = loss.sum() * scale
+            # A fused backward moves weights, so whether they may is asked before it
+            if not self.run.fused_backward or (len(loss) and torch.isfinite(total)):
+                self.accelerator.backward(total)
         return likelihood, loss
 
     def _two_pass(

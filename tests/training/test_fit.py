@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,28 @@ def test_another_optimizer_is_for_whole_networks_and_comes_last(tiny_sdxl, skele
     chosen, lines = fit.fit(run, limit, torch.float32, skeleton)
     assert chosen.optimizer == "adafactor"
     assert "learning rate" in lines[-1]
+
+
+def test_a_fused_backward_is_what_is_left_for_whole_networks(tiny_sdxl, monkeypatch):
+    monkeypatch.setattr(fit, "plan", lambda run, *_: SimpleNamespace(needs=1 if run.fused_backward else 3))
+    fused = {"optimizer": "adafactor", "fused_backward": True, "max_grad_norm": 0.0}
+    run = recipe(tiny_sdxl, use_lora=False, train_batch_size=2, gradient_accumulation_steps=2)
+
+    def fitted(**changes):
+        return fit.fit(replace(run, **changes), 2, torch.float32, skeleton="none")
+
+    chosen, lines = fitted()
+    assert chosen == replace(run, **fused, train_batch_size=4, gradient_accumulation_steps=1)
+    assert "not clipped" in lines[-1]
+    again, lines = fit.fit(chosen, 2, torch.float32, skeleton="none")  # a run that is fused already stays so
+    assert again == chosen
+    assert len(lines) == 1
+    for refused in ({"mixed_precision": "fp16"}, {"aspect_buckets": True}, {"use_lora": True}):
+        with pytest.raises(UserError, match="nothing fits"):
+            fitted(**refused)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="nothing fits"):
+        fitted()
 
 
 def test_nothing_fits_is_said_with_the_smallest_plan(tiny_sdxl, skeleton):

@@ -56,7 +56,11 @@ def test_what_saves_memory_is_seen_in_the_plan(tiny_sdxl):
     full = planned(use_lora=False)
     assert full["network"] == 2 * plain["network"]  # the frozen copy
     assert full["optimizer"] == 2 * full["gradients"] > 10 * plain["optimizer"]
-    assert planned(use_lora=False, optimizer="adafactor")["optimizer"] == 0
+    adafactor = planned(use_lora=False, optimizer="adafactor")
+    assert adafactor["optimizer"] == 0
+    fused = planned(use_lora=False, optimizer="adafactor", fused_backward=True, max_grad_norm=0.0)
+    assert 0 < fused["gradients"] < adafactor["gradients"] / 4
+    assert {**fused, "gradients": 0} == {**adafactor, "gradients": 0}
 
 
 def test_too_little_memory_says_what_to_turn_on(tiny_sdxl, monkeypatch):

@@ -1,5 +1,6 @@
 """What makes a step fast or small keeps its loss; and what the device is asked, and made to hold."""
 
+import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import mmalign
 from mmalign.data.cache import Cache
 from mmalign.data.export import write_comparisons
-from mmalign.objectives import DiffusionDPO, InPO, MaPO
-from mmalign.records import Comparison
+from mmalign.objectives import SFT, DiffusionDPO, InPO, MaPO, RankDPO
+from mmalign.records import Comparison, UserError
 from mmalign.surrogate import DDIMInversion, Likelihood
 from mmalign.training import memory, prepare
 from mmalign.training.loop import train
@@ -92,6 +93,124 @@ def test_every_second_layer_of_transformers(tmp_path):
     given = torch.autograd.grad(network(input_ids=tokens).logits.sum(), network.lm_head.weight)
     assert len(ran) == 1  # of two layers
     assert torch.equal(given[0], expected[0])
+
+
+# -- a fused backward ----------------------------------------------------------------------------------------
+
+UNFUSED = {"use_lora": False, "optimizer": "adafactor", "max_grad_norm": 0.0, "learning_rate": 1e-5}
+FUSED = UNFUSED | {"fused_backward": True}
+
+
+def weights(modality):
+    return {name: value.clone() for name, value in modality.unwrapped.state_dict().items()}
+
+
+def equal(own, other):
+    return all(torch.equal(own[name], other[name]) for name in other)
+
+
+def test_a_fused_backward_gives_the_same_weights_and_holds_no_gradients(recipe, pairs, tmp_path, monkeypatch):
+    settings = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2, "gradient_checkpointing": True}
+    expected, plain = run_it(recipe, pairs, tmp_path, **UNFUSED, **settings)
+    held, real = [], prepare.FusedBackward._move
+
+    def counted(self, parameter):
+        held.append(sum(own.grad is not None for own in self.optimizer.param_groups[0]["params"]))
+        real(self, parameter)
+
+    monkeypatch.setattr(prepare.FusedBackward, "_move", counted)
+    rows, fused = run_it(recipe, pairs, tmp_path, **FUSED, **settings)
+    assert equal(weights(fused), weights(plain))
+    assert not equal(weights(fused), weights(mmalign.load(recipe.pretrained_model_name_or_path, dtype=torch.float64)))
+    same(rows, expected)
+    assert len(held) == 3 * sum(1 for _ in fused.network.parameters())
+    assert max(held) <= 2  # a layer's weight and bias
+    fused.network.conv_in.weight.sum().backward()  # hooks went with the run
+    assert fused.network.conv_in.weight.grad is not None
+
+
+def test_a_fused_backward_goes_on_bit_for_bit(recipe, pairs, tmp_path):
+    settings = {**FUSED, "output_dir": str(tmp_path / "run"), "checkpointing_steps": 1}
+
+    def go(steps, **changes):
+        modality = mmalign.load(recipe.pretrained_model_name_or_path, dtype=torch.float64)
+        run = replace(recipe, **{**settings, "max_train_steps": steps, **changes})
+        train(run, modality=modality, comparisons=pairs, say=lambda line: None)
+        return weights(modality)
+
+    expected = go(3, output_dir=str(tmp_path / "whole"))
+    go(2)
+    assert equal(go(3, resume_from_checkpoint="latest"), expected)
+    # Its checkpoints are those of a plain backward
+    last = str(tmp_path / "run" / "checkpoint-2")
+    assert equal(go(3, resume_from_checkpoint=last, fused_backward=False), expected)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_fused_backward_moves_nothing_by_what_is_not_finite_or_not_there(recipe, pairs, tmp_path, monkeypatch, empty):
+    """The second step of three: a NaN, or ties alone."""
+    seen, real = [], Step.backward
+
+    def tied(items, scale=None):
+        return feedback_of([replace(item, score=(1, 1)) for item in items] if len(seen) == 1 else items, scale)
+
+    def poisoned(self, probe, feedback, scale, last, known):
+        return real(self, probe, feedback, torch.nan if len(seen) == 1 else scale, last, known)
+
+    if empty:
+        monkeypatch.setattr("mmalign.training.step.feedback_of", tied)
+    else:
+        monkeypatch.setattr(Step, "backward", poisoned)
+    modality = mmalign.load(recipe.pretrained_model_name_or_path, dtype=torch.float64)
+    run = replace(recipe, **FUSED)
+
+    def watch(number, metrics):
+        seen.append((metrics, weights(modality)))
+
+    train(run, modality=modality, comparisons=pairs, watch=watch, say=lambda line: None)
+    metrics, (first, second, third) = zip(*seen, strict=True)
+    assert equal(second, first)
+    assert not equal(third, second)
+    assert [row["skipped_steps"] for row in metrics] == [0, not empty, not empty]
+    assert metrics[1]["grad_norm"] == 0 if empty else math.isnan(metrics[1]["grad_norm"])
+
+
+def test_a_gradient_that_breaks_inside_a_fused_backward_ends_the_run(recipe, pairs, tmp_path, monkeypatch):
+    real = prepare.FusedBackward._move
+
+    def broken(self, parameter):
+        parameter.grad *= torch.inf
+        real(self, parameter)
+
+    monkeypatch.setattr(prepare.FusedBackward, "_move", broken)
+    with pytest.raises(RuntimeError, match="when weights had moved"):
+        run_it(recipe, pairs, tmp_path, checkpointing_steps=1, **FUSED)
+    assert not list(tmp_path.glob("run-*/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_lora": True}, "needs use_lora off"),
+        ({"optimizer": "adamw"}, "needs optimizer adafactor"),
+        ({"max_grad_norm": 1.0}, r"needs max_grad_norm 0 \(no clipping\)"),
+        ({"gradient_accumulation_steps": 2}, "needs gradient_accumulation_steps 1"),
+        ({"backward": "two-pass"}, "needs backward plain"),
+        ({"aspect_buckets": True}, "needs train_batch_size 1 with aspect_buckets"),
+        ({"mixed_precision": "fp16"}, "needs another mixed_precision than fp16"),
+        ({"fused_backward": False, "max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_fused_is_said(recipe, changes, said):
+    with pytest.raises(UserError, match=said):
+        replace(recipe, **{**FUSED, **changes})
+
+
+def test_several_processes_are_not_fused(recipe, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(UserError, match="for one process, and there are 2"):
+        prepare.make_accelerator(replace(recipe, **FUSED))
 
 
 # -- torch.compile -------------------------------------------------------------------------------------------
@@ -189,6 +308,8 @@ def prepared(run, device=None):
         (DiffusionDPO(beta=2000), "plain"),
         (MaPO(beta=0.1, snr=0.5, T=1000), "two-pass"),
         (InPO(beta=100.0, draw=DDIMInversion(steps=1)), "plain"),
+        (RankDPO(beta=2000), "plain"),
+        (SFT(), "two-pass"),
     ],
 )
 def test_a_micro_batch_reads_nothing_from_the_device(recipe, pairs, objective, backward):
