@@ -4,11 +4,12 @@
     python benchmarks/align_embedded.py test --output DIR --seeds 0 1 2 3 4     # seeds can be shared out to processes
     python benchmarks/align_embedded.py table --output DIR
 
+With `--modality video`, `audio` or `vlm` the same for the other embedded models (mmalign/tasks.py).
 `develop` tries every combination on 120 development prompts and prints a row for each. `test` runs the recipe as it
 stands (recipes/embedded_diffusion_dpo.py) and SFT on the winners with the same settings, for every seed: own
-candidates, own pairs, own training; 400 test prompts, one picture each, the same start noise for base and all. `table`
+candidates, own pairs, own training; 400 test prompts, one medium each, the same start noise for base and all. `table`
 shows every seed and all of them pooled, and writes test.md and test.json.
-Training, development and test prompts share no combination of object and ground (mmalign/embedded/scenes.py).
+Training, development and test prompts share no combination of what they speak of (mmalign/embedded/).
 """
 
 import argparse
@@ -24,50 +25,47 @@ import numpy as np
 import mmalign
 from mmalign.commands import quiet_libraries
 from mmalign.data.importers import read_comparisons, write_comparisons
-from mmalign.embedded import prompts as embedded_prompts
-from mmalign.evaluation.compare import Result, pool, score_sides
-from mmalign.evaluation.metrics import colourfulness, wins
+from mmalign.evaluation.compare import Result, pool
+from mmalign.evaluation.metrics import colourfulness
 from mmalign.objectives import SFT
-from mmalign.quickstart import ALIGNMENT_SCORER, HELD_OUT_SCORER, TRAINING_SCORER, Size, make_pairs, spread
+from mmalign.quickstart import judged, make_pairs, settings_of, spread
 from mmalign.recipe import load_recipe
 from mmalign.storage import read_json, write_json
 from mmalign.surrogate import FreshNoise
+from mmalign.tasks import IMAGE, TASKS, Size, Task
 from mmalign.training.loop import train, versions
 from mmalign.training.views import WeightViews
 
-SCORERS = (TRAINING_SCORER, HELD_OUT_SCORER, ALIGNMENT_SCORER)
-HEADER = (
-    "| run | scorer | n | win rate | 95 % | mean before | mean after | change, 95 % | colourfulness win |\n"
-    + "| --- " * 9
-    + "|"
-)
+HEADER = "| run | judge | n | win rate | 95 % | mean before | mean after | change, 95 % |\n" + "| --- " * 8 + "|"
 
 
-def rows(name: str, result, colour: float) -> list[str]:
+def rows(name: str, result) -> list[str]:
     """Table rows of one comparison."""
     return [
         f"| {name} | {r.scorer} | {r.n} | {r.win_rate:.1%} | {r.win_low:.1%} to {r.win_high:.1%} | {r.base_mean:.4g} |"
-        f" {r.aligned_mean:.4g} | {r.change_low:+.3g} to {r.change_high:+.3g} | {colour:.1%} |"
+        f" {r.aligned_mean:.4g} | {r.change_low:+.3g} to {r.change_high:+.3g} |"
         for r in result.rows()
     ]
 
 
 class Judge:
-    """The base's pictures of a split, made once, and what the scorers say of others beside them."""
+    """The base's media of a split, made once, and what the judges say of others beside them."""
 
-    def __init__(self, split: str, count: int, size: Size, model: str):
-        self.prompts = spread(embedded_prompts(split), count, seed=0)
-        assert len(set(self.prompts)) == count, f"{split} has fewer than {count} prompts"
-        self.settings = {"seeds": list(range(count)), **size.sampling}
-        self.scorers = {name: mmalign.load_scorer(name) for name in SCORERS}
-        self.base = mmalign.load(model).generate(self.prompts, **self.settings)
+    def __init__(self, task: Task, split: str, count: int, size: Size, model: str):
+        self.asked = spread(task.asked(split), count, seed=0)  # a split with fewer prompts goes round: clusters
+        self.settings = {"seeds": list(range(count)), **settings_of(self.asked, size)}
+        self.judges = task.judges()
+        if task is IMAGE:
+            self.judges["colourfulness"] = lambda media, asked: [colourfulness(picture) for picture in media]
+        self.base = self._made(mmalign.load(model))
 
-    def __call__(self, modality):
-        """Result and the share of pictures that became more colourful."""
+    def _made(self, modality) -> list:
+        return modality.generate([one.text for one in self.asked], **self.settings)
+
+    def __call__(self, modality) -> Result:
+        """The policy beside the base."""
         with WeightViews(modality)("policy"):
-            pictures = modality.generate(self.prompts, **self.settings)
-        result = score_sides(self.prompts, self.base, pictures, self.scorers)
-        return result, wins([colourfulness(p) for p in self.base], [colourfulness(p) for p in pictures]).mean()
+            return judged(self.asked, self.base, self._made(modality), self.judges)
 
 
 def trained(run, pairs, folder: Path, watch=None):
@@ -80,15 +78,15 @@ def trained(run, pairs, folder: Path, watch=None):
     return modality, time.monotonic() - started
 
 
-def develop(arguments, run, size: Size) -> None:
+def develop(arguments, run, task: Task) -> None:
     """Every combination of the given settings on development prompts, looked at after each of the given steps."""
     folder = arguments.output / "pairs"
     if not folder.exists():
-        pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), size, seed=1000)
+        pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), task, task.size, seed=1000)
         write_comparisons(folder, pairs)
         print(counts, flush=True)
     pairs = read_comparisons(folder).comparisons
-    judge = Judge("development", 120, size, run.pretrained_model_name_or_path)
+    judge = Judge(task, "development", 120, task.size, run.pretrained_model_name_or_path)
     last = max(arguments.steps)
     for rate, beta in itertools.product(arguments.learning_rates, arguments.betas):
         draw = run.objective.draw if arguments.low is None else FreshNoise(low=arguments.low)
@@ -98,37 +96,36 @@ def develop(arguments, run, size: Size) -> None:
 
         def look(modality, step, name=name):
             if step in arguments.steps:
-                print("\n".join(rows(f"{name}, {step} steps", *judge(modality))), flush=True)
+                print("\n".join(rows(f"{name}, {step} steps", judge(modality))), flush=True)
 
         trained(tried, pairs, arguments.output / name.replace(" ", "-"), look)
 
 
-def test(arguments, run, size: Size) -> None:
+def test(arguments, run, task: Task) -> None:
     """The recipe as it stands and SFT beside it, over seeds; the test prompts are looked at here alone."""
-    judge = Judge("test", 400, size, run.pretrained_model_name_or_path)
+    judge = Judge(task, "test", 400, task.size, run.pretrained_model_name_or_path)
     for seed in arguments.seeds:
-        pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), size, seed)
+        pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), task, task.size, seed)
         record = {"pairs": counts, "run": run.resolved(), "versions": versions()}
         for name, objective in (("DPO", run.objective), ("SFT", SFT(draw=run.objective.draw))):
             folder = arguments.output / f"run-{seed}"
             modality, seconds = trained(replace(run, objective=objective, seed=seed), pairs, folder)
-            result, colour = judge(modality)
-            record[name] = {"seconds": seconds, "colourfulness_win": colour, **json.loads(result.to_json())}
-            print("\n".join(rows(f"{name}, seed {seed}", result, colour)), flush=True)
+            result = judge(modality)
+            record[name] = {"seconds": seconds, **json.loads(result.to_json())}
+            print("\n".join(rows(f"{name}, seed {seed}", result)), flush=True)
         write_json(arguments.output / f"seed-{seed}.json", record)
 
 
-def table(arguments, run, size: Size) -> None:
+def table(arguments, run, task: Task) -> None:
     """Every seed that `test` wrote, and all of them pooled with a bootstrap over prompts."""
     records = {int(f.stem.split("-")[1]): read_json(f) for f in sorted(arguments.output.glob("seed-*.json"))}
     lines, figures = [HEADER], {"seeds": sorted(records)}
     for name in ("DPO", "SFT"):
         results = {seed: _result(record[name]) for seed, record in sorted(records.items())}
-        colours = {seed: record[name]["colourfulness_win"] for seed, record in records.items()}
         for seed, result in results.items():
-            lines += rows(f"{name}, seed {seed}", result, colours[seed])
-        pooled, colour = pool(list(results.values())), sum(colours.values()) / len(colours)
-        lines += rows(f"**{name}, pooled**", pooled, colour)
+            lines += rows(f"{name}, seed {seed}", result)
+        pooled = pool(list(results.values()))
+        lines += rows(f"**{name}, pooled**", pooled)
         for label, result in [*((f"{name} seed {seed}", result) for seed, result in results.items()), (name, pooled)]:
             figures[label] = [row._asdict() for row in result.rows()]
     any_record = next(iter(records.values()))
@@ -148,6 +145,7 @@ def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["develop", "test", "table"])
+    parser.add_argument("--modality", choices=list(TASKS), default="image")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-4])
@@ -158,10 +156,11 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    run = load_recipe("embedded_diffusion_dpo")
+    task = TASKS[arguments.modality]
+    run = load_recipe(task.recipe)
     if arguments.model:
         run = replace(run, pretrained_model_name_or_path=arguments.model)
-    {"develop": develop, "test": test, "table": table}[arguments.stage](arguments, run, Size())
+    {"develop": develop, "test": test, "table": table}[arguments.stage](arguments, run, task)
 
 
 if __name__ == "__main__":

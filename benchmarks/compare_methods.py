@@ -39,10 +39,11 @@ from mmalign.evaluation.metrics import bootstrap_interval, colourfulness, wins
 from mmalign.modalities.taste import embed
 from mmalign.objectives import SFT
 from mmalign.personal import load_encoder
-from mmalign.quickstart import ALIGNMENT_SCORER, HELD_OUT_SCORER, TRAINING_SCORER, Size, spread
+from mmalign.quickstart import spread
 from mmalign.recipe import load_recipe
 from mmalign.storage import read_json, write_json
 from mmalign.surrogate import FreshNoise
+from mmalign.tasks import IMAGE
 from mmalign.training.loop import versions
 from mmalign.training.views import WeightViews
 
@@ -55,8 +56,9 @@ METHODS = {
     "PPD": "embedded_ppd",
     "SFT": "embedded_diffusion_dpo",
 }
+TRAINING_SCORER, HELD_OUT_SCORER, ALIGNMENT_SCORER = IMAGE.roles
 FEATURES = {TRAINING_SCORER: "training scorer", HELD_OUT_SCORER: "held out", ALIGNMENT_SCORER: "text"}
-SIZE = Size()
+SIZE = IMAGE.size
 
 
 def recipe(method: str):

@@ -22,13 +22,15 @@ import mmalign
 from mmalign.commands import quiet_libraries
 from mmalign.data.importers import write_comparisons
 from mmalign.evaluation.compare import Result, pool
-from mmalign.quickstart import ALIGNMENT_SCORER, HELD_OUT_SCORER, TRAINING_SCORER, Size, make_pairs
+from mmalign.quickstart import make_pairs
 from mmalign.recipe import load_recipe
 from mmalign.storage import read_json, write_json
+from mmalign.tasks import IMAGE
 from mmalign.training.loop import versions
 
 DRAWS = (1, 2, 4, 8, None)
-SIZE = Size(pair_prompts=80)  # best and worst of four; a fifth, the closest, is dropped: 64 pairs
+SIZE = replace(IMAGE.size, pair_prompts=80)  # best and worst of four; a fifth, the closest, is dropped: 64 pairs
+TRAINING_SCORER, HELD_OUT_SCORER, ALIGNMENT_SCORER = IMAGE.roles
 LAST = 12  # steps, three epochs, over which training's figures are averaged
 TRAINING = ("loss", "implicit_accuracy")
 
@@ -38,10 +40,10 @@ def run_all(arguments) -> None:
     base = load_recipe("embedded_diffusion_dpo")
     data = arguments.output / "pairs"
     if not data.exists():
-        pairs, counts = make_pairs(mmalign.load(base.pretrained_model_name_or_path), SIZE, seed=2000)
+        pairs, counts = make_pairs(mmalign.load(base.pretrained_model_name_or_path), IMAGE, SIZE, seed=2000)
         write_comparisons(data, pairs)
         print(counts, flush=True)
-    judge = Judge("development", 120, SIZE, base.pretrained_model_name_or_path)
+    judge = Judge(IMAGE, "development", 120, SIZE, base.pretrained_model_name_or_path)
     base = replace(base, dataset_name=str(data), cache_dir=str(arguments.output / "cache"))
     for seed in arguments.seeds:
         for draws in arguments.draws:
@@ -51,7 +53,7 @@ def run_all(arguments) -> None:
             run = replace(base, seed=seed, draws_per_sample=draws, cache_reference=draws is not None)
             modality, seconds = trained(run, None, arguments.output / "run")
             lines = [json.loads(line) for line in (arguments.output / "run" / "metrics.jsonl").read_text().splitlines()]
-            result, _ = judge(modality)
+            result = judge(modality)
             figures = {name: float(np.mean([row[name] for row in lines[-LAST:]])) for name in TRAINING}
             record = {"draws": draws, "seed": seed, "seconds": seconds, "versions": versions(), **figures}
             write_json(file, record | json.loads(result.to_json()))

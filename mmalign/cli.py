@@ -34,18 +34,24 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
 """
 
 
-def quickstart(output_dir: str = "quickstart", small: bool = False, seed: int = 0) -> None:
-    """Aligns the embedded model to a preference and shows that it got better; about three minutes on 2 cores.
+def quickstart(
+    output_dir: str = "quickstart",
+    modality: Literal["image", "video", "audio", "vlm"] = "image",
+    small: bool = False,
+    seed: int = 0,
+) -> None:
+    """Aligns an embedded model to a preference and shows that it got better; about three minutes on 2 cores.
 
     Args:
         output_dir: where everything goes.
-        small: a few pictures and steps, to see that it works; its figures mean nothing.
-        seed: of the candidates and of training; the pictures of the report have their own, fixed ones.
+        modality: which of the embedded models.
+        small: a few media and steps, to see that it works; its figures mean nothing.
+        seed: of the candidates and of training; the media of the report have their own, fixed ones.
     """
     print("mmalign quickstart: loading the libraries ...", flush=True)
     from mmalign.quickstart import main
 
-    main(output_dir, small=small, seed=seed)
+    main(output_dir, modality=modality, small=small, seed=seed)
 
 
 def train(argv: Sequence[str]) -> None:

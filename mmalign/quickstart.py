@@ -1,88 +1,67 @@
-"""The whole loop on the embedded model.
+"""The whole loop on an embedded model.
 
 candidates -> scores -> pairs -> LoRA Diffusion-DPO -> the same prompts and seeds again -> report. Prompts of the
-pairs, of development and of the report share no object-and-colour combination (mmalign.embedded.scenes).
+pairs, of development and of the report share no combination of what they speak of. What is aligned, and who judges, is a
+`Task` (mmalign/tasks.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 import mmalign
 from mmalign.commands import both_sides, quiet_libraries, report
 from mmalign.console import stage
-from mmalign.embedded import SAMPLING
 from mmalign.records import Comparison
+from mmalign.tasks import TASKS, Asked, Judge, Size, Task
 
-TRAINING_SCORER, HELD_OUT_SCORER, ALIGNMENT_SCORER = "embedded-hps", "embedded-heldout", "embedded-clip"
-ROLES = {
-    TRAINING_SCORER: "made the pairs",
-    HELD_OUT_SCORER: "held out",
-    ALIGNMENT_SCORER: "text alignment",
-}
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much quickstart does. Chosen on development prompts (benchmarks/README.md)."""
-
-    pair_prompts: int = 320
-    candidates: int = 4
-    drop_fraction: float = 0.2
-    test_prompts: int = 200
-    num_inference_steps: int = SAMPLING["num_inference_steps"]
-    guidance_scale: float = SAMPLING["guidance_scale"]
-    steps: int | None = None  # None: the recipe's
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Settings of every generation."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "batch_size": 32,
-        }
-
-
-SMALL = Size(pair_prompts=8, candidates=2, drop_fraction=0.0, test_prompts=8, num_inference_steps=4, steps=4)
-
-
-def spread(prompts: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` prompts in an order that is a function of the seed; a list that is too short goes round again."""
+def spread(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """`count` items in an order that is a function of the seed; a list that is too short goes round again."""
     from mmalign.surrogate.draws import generator
 
-    order = generator("prompts", seed).permutation(len(prompts))
-    return [prompts[order[i % len(order)]] for i in range(count)]
+    order = generator("prompts", seed).permutation(len(items))
+    return [items[order[i % len(order)]] for i in range(count)]
 
 
-def make_pairs(modality: Any, size: Size, seed: int, split: str = "pairs") -> tuple[list[Comparison], dict[str, int]]:
+def settings_of(asked: Sequence[Asked], size: Size) -> dict[str, Any]:
+    """What `generate` is told beside prompts and seeds."""
+    return {**size.sampling, **({"images": [one.images for one in asked]} if asked[0].images else {})}
+
+
+def make_pairs(
+    modality: Any, task: Task, size: Size, seed: int, split: str = "pairs"
+) -> tuple[list[Comparison], dict[str, int]]:
     """Candidates of the model for prompts of a split, scored, best against worst."""
     from mmalign.data.label import best_worst
-    from mmalign.embedded import prompts as embedded_prompts
 
-    prompts = spread(embedded_prompts(split), size.pair_prompts, seed)
-    k = size.candidates
-    flat = [prompt for prompt in prompts for _ in range(k)]
+    asked, k = spread(task.asked(split), size.pair_prompts, seed), size.candidates
+    flat = [one for one in asked for _ in range(k)]
     seeds = [1_000_000 * (seed + 1) + i for i in range(len(flat))]
     with stage("Candidates", len(flat)) as advance:
-        pictures = modality.generate(flat, seeds=seeds, progress=advance, **size.sampling)
+        told = settings_of(flat, size)
+        media = modality.generate([one.text for one in flat], seeds=seeds, progress=advance, **told)
     with stage("Scores", len(flat)) as advance:
-        scores = mmalign.load_scorer(TRAINING_SCORER).score(pictures, flat).tolist()
+        scores = list(map(float, next(iter(task.judges().values()))(media, flat)))
         advance(len(flat))
-    grouped = [slice(i * k, (i + 1) * k) for i in range(len(prompts))]
+    grouped = [slice(i * k, (i + 1) * k) for i in range(len(asked))]
     sources = [f"{split} seed {s}" for s in seeds]
-    pairs, counts = best_worst(
-        prompts,
-        [pictures[rows] for rows in grouped],
+    return best_worst(
+        [one.text for one in asked],
+        [media[rows] for rows in grouped],
         [scores[rows] for rows in grouped],
         sources=[sources[rows] for rows in grouped],
+        conditions=[one.images for one in asked],
         drop_fraction=size.drop_fraction,
     )
-    return pairs, counts
 
 
 def align(modality: Any, run: Any, pairs: Sequence[Comparison]) -> Path:
@@ -93,7 +72,19 @@ def align(modality: Any, run: Any, pairs: Sequence[Comparison]) -> Path:
         return train(run, modality=modality, comparisons=pairs, watch=lambda step, metrics: advance(1))
 
 
-def main(output_dir: str, *, small: bool = False, seed: int = 0) -> None:
+def judged(asked: Sequence[Asked], base: Sequence[Any], aligned: Sequence[Any], judges: dict[str, Judge]) -> Any:
+    """What the judges say of both sides, as a `Result`; what is called alike is one cluster."""
+    from mmalign.evaluation.compare import Result
+
+    sides = {"base": base, "aligned": aligned}
+    scores = {
+        name: {side: np.asarray(judge(media, asked), float) for side, media in sides.items()}
+        for name, judge in judges.items()
+    }
+    return Result(tuple(one.name for one in asked), scores)
+
+
+def main(output_dir: str, *, modality: str = "image", small: bool = False, seed: int = 0) -> None:
     """Runs everything; see `mmalign quickstart --help`.
 
     Raises:
@@ -102,15 +93,14 @@ def main(output_dir: str, *, small: bool = False, seed: int = 0) -> None:
     started = time.monotonic()
     quiet_libraries()
     from mmalign.data.importers import write_comparisons
-    from mmalign.embedded import prompts as embedded_prompts
-    from mmalign.evaluation.compare import score_sides
     from mmalign.recipe import load_recipe
     from mmalign.training import checkpoint
     from mmalign.training.views import WeightViews
 
-    size = SMALL if small else Size()
+    task = TASKS[modality]
+    size = task.small if small else task.size
     folder = Path(output_dir)
-    recipe = load_recipe("embedded_diffusion_dpo")
+    recipe = load_recipe(task.recipe)
     steps = size.steps or recipe.max_train_steps
     run = replace(
         recipe,
@@ -121,39 +111,40 @@ def main(output_dir: str, *, small: bool = False, seed: int = 0) -> None:
         seed=seed,
     )
     checkpoint.find(run)  # another run's folder is refused before any work
-    modality = mmalign.load(run.pretrained_model_name_or_path)
-    pairs, counts = make_pairs(modality, size, seed)
+    model = mmalign.load(run.pretrained_model_name_or_path)
+    pairs, counts = make_pairs(model, task, size, seed)
     write_comparisons(folder / "pairs", pairs)
     print("Pairs: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".", flush=True)
-    align(modality, run, pairs)
+    align(model, run, pairs)
 
-    prompts = spread(embedded_prompts("test"), size.test_prompts, seed=0)
-    seeds = list(range(len(prompts)))
-    base, aligned = both_sides(modality, WeightViews(modality), prompts, seeds, **size.sampling)
-    scorers = {name: mmalign.load_scorer(name) for name in ROLES}
-    result = score_sides(prompts, base, aligned, scorers)
+    asked = spread(task.asked("test"), size.test_prompts, seed=0)
+    texts, seeds = [one.text for one in asked], list(range(len(asked)))
+    base, aligned = both_sides(model, WeightViews(model), texts, seeds, **settings_of(asked, size))
+    result = judged(asked, base, aligned, task.judges())
     seconds = time.monotonic() - started
+    sampling = ", ".join(f"{name} {value}" for name, value in size.sampling.items() if name != "batch_size")
     facts = {
-        "model": "the embedded SDXL-architecture model",
+        "model": task.model,
         "objective": str(run.objective),
         "training": f"{steps} steps of {run.train_batch_size} pairs, lr {run.learning_rate}, LoRA rank {run.rank}",
-        "pairs": f"{len(pairs)}; {size.candidates} candidates of {size.pair_prompts} prompts, by {TRAINING_SCORER}",
-        "test prompts": f"{len(prompts)}, of combinations that no training saw",
-        "sampling": f"{size.num_inference_steps} steps, guidance {size.guidance_scale}",
+        "pairs": f"{len(pairs)}; {size.candidates} candidates of {size.pair_prompts} prompts, by {next(iter(task.roles))}",
+        "test prompts": f"{len(asked)}, of combinations that no training saw",
+        "sampling": sampling,
         "seed": seed,
         "took": f"{seconds:.0f} s",
     }
     report(
         folder,
-        "Diffusion-DPO on the embedded model",
+        f"Preference alignment of {task.model}",
         result,
-        prompts,
+        [one.name for one in asked],
         base,
         aligned,
         run=run,
         facts=facts,
-        roles=ROLES,
-        headline=HELD_OUT_SCORER,
+        roles=task.roles,
+        headline=task.headline,
         count=len(pairs),
+        conditions=[one.images for one in asked],
     )
     print(f"{seconds:.0f} s in all.")

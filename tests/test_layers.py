@@ -31,6 +31,7 @@ ON_TOP = {
     "personal",
     "quickstart",
     "recipe",
+    "tasks",
 }  # these may import every room, and no room imports them
 SURROGATE = ["likelihood", "paths", "probes", "draws"]  # each imports only what stands before it
 

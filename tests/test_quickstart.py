@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 import mmalign
 from mmalign import embedded
 from mmalign.cli import main
-from mmalign.quickstart import Size, spread
+from mmalign.quickstart import spread
+from mmalign.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,13 @@ def test_a_second_run_does_not_overwrite_the_first(folder, capsys):
     assert "holds another run's checkpoints" in capsys.readouterr().err
 
 
-def test_prompts_of_pairs_and_report_are_disjoint_and_enough():
-    size = Size()
-    pairs = spread(embedded.prompts("pairs"), size.pair_prompts, seed=0)
-    test = spread(embedded.prompts("test"), size.test_prompts, seed=0)
-    assert len(set(pairs)) == size.pair_prompts
-    assert len(set(test)) == size.test_prompts
-    assert not set(pairs) & set(test)
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_prompts_of_pairs_development_and_report_are_disjoint_and_enough(task):
+    counts = {"pairs": task.size.pair_prompts, "test": task.size.test_prompts, "development": 48}
+    names = {split: {one.name for one in spread(task.asked(split), n, seed=0)} for split, n in counts.items()}
+    assert {split: len(found) for split, found in names.items()} == counts
+    assert (
+        not names["pairs"] & names["test"]
+        | names["pairs"] & names["development"]
+        | names["test"] & names["development"]
+    )

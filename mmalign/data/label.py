@@ -16,6 +16,7 @@ def best_worst(
     scores: Sequence[Sequence[float]],
     *,
     sources: Sequence[Sequence[str]] | None = None,
+    conditions: Sequence[Sequence[Any]] | None = None,
     drop_fraction: float = 0.0,
     min_margin: float = 0.0,
 ) -> tuple[list[Comparison], dict[str, int]]:
@@ -26,6 +27,7 @@ def best_worst(
         media: [G][K] candidates of each prompt, K >= 2.
         scores: [G][K] numbers, higher is better; a pair keeps the two as its scores.
         sources: [G][K] where each candidate came from (such as its seed); default its number, "0", "1" …
+        conditions: [G] input pictures of each prompt, where it has any.
         drop_fraction: Share of pairs to drop, those of the smallest margin, in [0, 1).
         min_margin: Drop pairs whose margin is smaller.
 
@@ -39,7 +41,8 @@ def best_worst(
     sources = sources or [[str(number) for number in range(len(row))] for row in media]
     if not len(prompts) == len(media) == len(scores) == len(sources):
         raise UserError(f"{len(prompts)} prompts with {len(media)} lists of media and {len(scores)} of scores.")
-    pairs = [_pair(*row) for row in zip(prompts, media, scores, sources, strict=True)]
+    shown = conditions or [()] * len(prompts)
+    pairs = [_pair(*row) for row in zip(prompts, media, scores, sources, shown, strict=True)]
     untied = [pair for pair in pairs if margin(pair.score) > 0]
     clear = [pair for pair in untied if margin(pair.score) >= min_margin]
     weak = weakest([margin(pair.score) for pair in clear], drop_fraction)
@@ -133,11 +136,14 @@ def comparison(
     return Comparison(id=name, prompt=prompt, media=tuple(media), score=tuple(scores), source=tuple(sources), **fields)
 
 
-def _pair(prompt: str, media: Sequence, scores: Sequence[float], sources: Sequence[str]) -> Comparison:
+def _pair(
+    prompt: str, media: Sequence, scores: Sequence[float], sources: Sequence[str], shown: Sequence[Any]
+) -> Comparison:
     scores = [float(score) for score in scores]
     _check(prompt, media, [scores], sources)
     places = extremes(scores)
-    return comparison(prompt, *([row[place] for place in places] for row in (media, scores, sources)))
+    kept = ([row[place] for place in places] for row in (media, scores, sources))
+    return comparison(prompt, *kept, condition=tuple(shown) or None)
 
 
 def _check(prompt: str, media: Sequence, scores: Sequence[Sequence[float]], sources: Sequence[str]) -> None:
