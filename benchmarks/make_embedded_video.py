@@ -208,11 +208,9 @@ def measure(folder: Path, split: str, count: int, steps: int, guidance: float) -
         noise = [torch.Generator().manual_seed(start + n) for n in range(len(prompts[start : start + 16]))]
         made = pipeline(prompts[start : start + 16], generator=noise, output_type="np", **settings).frames
         found += list((made * 255).round().astype(np.uint8))
-    np.save("/tmp/clips.npy", np.stack(found)) if False else None
+    pairs = list(zip(found, prompts, strict=True))
     judges = (motions.goes_there, motions.flows_there, motions.ground_is_right)
-    return {
-        judge.__name__: float(np.mean([judge(*pair) for pair in zip(found, prompts, strict=True)])) for judge in judges
-    }
+    return {judge.__name__: float(np.mean([judge(*pair) for pair in pairs])) for judge in judges}
 
 
 def main() -> None:

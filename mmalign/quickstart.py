@@ -1,8 +1,8 @@
 """The whole loop on an embedded model.
 
 candidates -> scores -> pairs -> LoRA Diffusion-DPO -> the same prompts and seeds again -> report. Prompts of the
-pairs, of development and of the report share no combination of what they speak of. What is aligned, and who judges, is a
-`Task` (mmalign/tasks.py).
+pairs, of development and of the report share no combination of what they speak of. What is aligned, and who judges, is
+a `Task` (mmalign/tasks.py).
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def main(output_dir: str, *, modality: str = "image", small: bool = False, seed:
     base, aligned = both_sides(model, WeightViews(model), texts, seeds, **settings_of(asked, size))
     result = judged(asked, base, aligned, task.judges())
     seconds = time.monotonic() - started
+    labeller = next(iter(task.roles))
     sampling = ", ".join(f"{name} {value}" for name, value in size.sampling.items() if name != "batch_size")
     facts = {
         "model": task.model,
         "objective": str(run.objective),
         "training": f"{steps} steps of {run.train_batch_size} pairs, lr {run.learning_rate}, LoRA rank {run.rank}",
-        "pairs": f"{len(pairs)}; {size.candidates} candidates of {size.pair_prompts} prompts, by {next(iter(task.roles))}",
+        "pairs": f"{len(pairs)}; {size.candidates} candidates of {size.pair_prompts} prompts, by {labeller}",
         "test prompts": f"{len(asked)}, of combinations that no training saw",
         "sampling": sampling,
         "seed": seed,

@@ -91,7 +91,7 @@ def render(clip: Clip) -> np.ndarray:
     frames = np.broadcast_to(ground, (FRAMES, SIDE, SIDE, 3)).copy()
     for k, frame in enumerate(frames):
         offset = way * STEP * (k - FRAMES // 2) + across + clip.shake * rng.uniform(-1, 1, size=2)
-        left, top = (int(round(SIDE / 2 + value - OBJECT / 2)) for value in offset)
+        left, top = (round(SIDE / 2 + value - OBJECT / 2) for value in offset)
         inside = frame[top : top + OBJECT, left : left + OBJECT]
         inside += alpha * (colour - inside)
     return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8)
