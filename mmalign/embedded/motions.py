@@ -140,7 +140,7 @@ def flows_there(frames: np.ndarray, prompt: str) -> float:
     window = np.hanning(grey.shape[1])[:, None] * np.hanning(grey.shape[2])
     spectra = np.fft.fft2((grey - grey.mean((1, 2), keepdims=True)) * window)
     cross = spectra[1:] * spectra[:-1].conj()
-    surface = np.fft.ifft2(cross / (np.abs(cross) + 0.01 * np.abs(cross).max((1, 2), keepdims=True))).real
+    surface = np.fft.ifft2(cross / (np.abs(cross) + 0.01 * np.abs(cross).max((1, 2), keepdims=True) + 1e-9)).real
     height, width = surface.shape[1:]
     places = surface.reshape(len(surface), -1).argmax(1)
     shifts = np.stack([(places % width + width // 2) % width - width // 2,
