@@ -21,15 +21,29 @@ from mmalign.surrogate.paths import Path as NoisePath
 Only = Literal["network", "encoders"] | None  # which parts are loaded; see `mmalign.load`
 
 FAMILIES = {
+    "AudioLDM2Pipeline": "mmalign.modalities.audio",
     "CogVideoXPipeline": "mmalign.modalities.video",
+    "Gemma3ForConditionalGeneration": "mmalign.modalities.vlm",
+    "Idefics3ForConditionalGeneration": "mmalign.modalities.vlm",
+    "InternVLForConditionalGeneration": "mmalign.modalities.vlm",
+    "LlavaForConditionalGeneration": "mmalign.modalities.vlm",
+    "LlavaOnevisionForConditionalGeneration": "mmalign.modalities.vlm",
     "Qwen2VLForConditionalGeneration": "mmalign.modalities.vlm",
+    "Qwen2_5_VLForConditionalGeneration": "mmalign.modalities.vlm",
+    "Qwen3VLForConditionalGeneration": "mmalign.modalities.vlm",
+    "SmolVLMForConditionalGeneration": "mmalign.modalities.vlm",
+    "Flux2KleinPipeline": "mmalign.modalities.image_dit",
     "FluxPipeline": "mmalign.modalities.image_dit",
     "PixArtAlphaPipeline": "mmalign.modalities.image_dit",
     "PixArtSigmaPipeline": "mmalign.modalities.image_dit",
+    "StableAudioPipeline": "mmalign.modalities.audio",
+    "QwenImagePipeline": "mmalign.modalities.image_dit",
+    "SanaPipeline": "mmalign.modalities.image_dit",
     "StableDiffusion3Pipeline": "mmalign.modalities.image_dit",
     "StableDiffusionPipeline": "mmalign.modalities.image_unet",
     "StableDiffusionXLPipeline": "mmalign.modalities.image_unet",
     "WanPipeline": "mmalign.modalities.video",
+    "ZImagePipeline": "mmalign.modalities.image_dit",
 }
 
 

@@ -1,7 +1,8 @@
-"""Qwen2-VL, and with a row in the families' table other vision-language models, through transformers' Auto classes.
+"""Vision-language models through transformers' Auto classes: a family is a row in the families' table.
 
 A token model has no noise: the likelihood of an answer is the sum of its tokens' log-probabilities, and Diffusion-DPO
-on it is DPO.
+on it is DPO. What differs between families is asked of their processors: the names of what the network is given, the
+size of a picture, the template of a conversation.
 
 Shapes: N samples, L tokens of the longest (padded on the right), K positions asked for, V vocabulary.
 """
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmalign.media import Frames, frames_of
 from mmalign.modalities import Encoded, Holder, Only, Piece, Skeleton
 from mmalign.modalities.adapter_files import load_adapter, save_adapter
 from mmalign.modalities.soft_tokens import add_soft_tokens, hiding, told
 from mmalign.modalities.user import has_layers, layers, save_layers
-from mmalign.records import Comparison, Text, UserError, open_image
+from mmalign.records import Comparison, Text, UserError, Video, open_image
 from mmalign.surrogate.draws import generator
 from mmalign.surrogate.likelihood import Cond
 
@@ -99,21 +102,45 @@ def text_projections(model: Any) -> list[str]:
     return list(PROJECTIONS) if len(inside) == len(named) else inside
 
 
+def _times(clip: Frames) -> dict[str, Any]:
+    """When the frames are shown, as processors are told."""
+    count, fps = len(clip), clip.fps or 1.0
+    return {"total_num_frames": count, "fps": fps, "duration": count / fps, "frames_indices": list(range(count))}
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Patches, grids or tiles of all rows behind each other.
+
+    Where pictures have other numbers of tiles, zeros are added: LLaVA-OneVision counts tiles by the pictures' sizes,
+    Idefics3 and SmolVLM leave out those that are zero.
+    """
+    most = [max(sizes) for sizes in zip(*(one.shape[:0:-1] for one in values), strict=True)]  # the last one's first
+
+    def padded(one: Tensor) -> Tensor:
+        return F.pad(one, [n for size, wanted in zip(one.shape[:0:-1], most, strict=True) for n in (0, wanted - size)])
+
+    return torch.cat([padded(one) for one in values])
+
+
 class VLMModality(Holder):
     """A vision-language model as the trainer sees it.
 
-    A Comparison's `prompt` is the user's turn, its `condition` the pictures shown before it, its media K `Text`
-    answers.
+    A Comparison's `prompt` is the user's turn, its `condition` what is shown before it: pictures and `Video`s (or
+    lists of pictures, their frames). Its media are K `Text` answers.
 
     Attributes:
         path: None, as there is no noise.
         medium: what it makes, in a word.
         processor: makes tokens and patches.
         ends: ids of the tokens that end an answer.
+        video_fps: frames of a video that are shown, a second.
+        max_frames: so many at most, then further apart.
     """
 
     path = None
     medium = "answer"
+    video_fps = 2.0
+    max_frames = 32
 
     def __init__(self, network: Any, processor: Any, source: str = "") -> None:
         self.network: nn.Module = network.requires_grad_(False).eval()
@@ -121,7 +148,9 @@ class VLMModality(Holder):
         end = getattr(network.generation_config, "eos_token_id", None)
         ends = end if isinstance(end, list) else [end]
         self.ends = {token for token in (*ends, processor.tokenizer.eos_token_id) if token is not None}
-        self._end_of_turn = self._find_end_of_turn()
+        special = [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = [*processor.tokenizer.all_special_tokens, *processor.all_special_multimodal_tokens, *special]
+        self._lead, self._end_of_turn = self._read_template()
 
     @property
     def resolution(self) -> int:
@@ -142,16 +171,10 @@ class VLMModality(Holder):
         """The processor's output for everything up to where the answer begins; its placeholders are expanded.
 
         Raises:
-            UserError: a picture cannot be read, or a prompt has special tokens in it.
+            UserError: a picture or video cannot be read or is nothing for this model, a prompt has special tokens in
+                it, or is too long.
         """
-        made: list[Piece] = []
-        for item in items:
-            where = f"comparison {item.id!r}"
-            pictures = [
-                open_image(one, name=f"{where}, input picture {n}") for n, one in enumerate(item.condition or ())
-            ]
-            made.append(self._prompt(item.prompt, pictures, where))
-        return made
+        return [self._prompt(item.prompt, item.condition or (), f"comparison {item.id!r}") for item in items]
 
     def encode_media(self, members: Sequence[tuple[Comparison, int]]) -> list[Piece]:
         """An answer's tokens, "answer" [L], with the token that ends the turn.
@@ -180,44 +203,91 @@ class VLMModality(Holder):
             x0 [N, L] int64, padded on the right; no x0_std; cond with `answer_mask` [N, L] bool, what the processor
             gave for every token ([N, L]: `attention_mask`, `mm_token_type_ids`), and lists of N for the rest
             (`pixel_values`, `image_grid_thw`; None for a row without pictures).
+
+        Raises:
+            UserError: a row is longer than the network takes; nothing is cut.
         """
         pairs = zip(prompts, media, strict=True)
         return Encoded.cat([self._row(prompt, answer["answer"]) for prompt, answers in pairs for answer in answers])
 
-    def _prompt(self, text: str, pictures: list[Any], where: str) -> dict[str, Tensor]:
+    def _prompt(self, text: str, shown: Sequence[Any], where: str) -> dict[str, Tensor]:
         """The processor's output for everything up to where the answer begins."""
         self._check(text, where)
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-        turns = [{"role": "user", "content": content}]
-        rendered = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        shown = {"images": [pictures]} if pictures else {}
-        return dict(self.processor(text=[rendered], return_tensors="pt", **shown))
+        kinds = ["video" if isinstance(one, Video | list | tuple) else "image" for one in shown]
+        pictures, clips = [], []
+        for n, (one, kind) in enumerate(zip(shown, kinds, strict=True)):
+            if kind == "image":
+                pictures.append(open_image(one, name=f"{where}, input picture {n}"))
+            else:
+                clips.append(frames_of(one, self.video_fps, most=self.max_frames, name=f"{where}, input video {n}"))
+        settings: dict[str, Any] = {"images": [pictures]} if pictures else {}
+        if clips:
+            self._check_video(bool(pictures), where)
+            told = [_times(clip) for clip in clips]
+            settings |= {"videos": [clips], "video_metadata": told, "do_sample_frames": False}
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+        rendered = self._rendered({"role": "user", "content": content}, add_generation_prompt=True)
+        bos = self.processor.tokenizer.bos_token
+        if bos and rendered.startswith(bos):  # Gemma's template has it already
+            settings["add_special_tokens"] = False
+        try:
+            made = dict(self.processor(text=[rendered], return_tensors="pt", **settings))
+        except ValueError as error:  # placeholders that the template did not write, a picture too narrow ...
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(f"{where}: {self.source}'s processor or chat template refuses it ({reason}).") from error
+        self._check_length(made["input_ids"].shape[1], f"{where}: its prompt with all that is shown")
+        return made
+
+    def _check_video(self, pictures: bool, where: str) -> None:
+        reader, images = getattr(self.processor, "video_processor", None), self.processor.image_processor
+        if reader is None:
+            raise UserError(f"{where}: shows a video, but {self.source} takes pictures alone; show frames as pictures.")
+        if pictures and {*reader.model_input_names} & {*images.model_input_names}:  # SmolVLM's loses one of the two
+            raise UserError(f"{where}: shows pictures and a video, but {self.source} takes one of the two at a time.")
 
     def _tokens(self, answer: str, where: str) -> list[int]:
         self._check(answer, where)
-        return self.processor.tokenizer(answer, add_special_tokens=False).input_ids
+        return self._ids(self._lead + answer) if answer else []
+
+    def _ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False).input_ids
 
     def _check(self, text: str, where: str) -> None:
         """Text with control tokens in it would end turns or ask for pictures that are not there."""
-        for token in self.processor.tokenizer.all_special_tokens:
+        for token in self._control:
             if token in text:
                 raise UserError(f"{where}: its text holds the special token {token}; remove it.")
 
-    def _find_end_of_turn(self) -> list[int]:
-        """What the chat template writes after an answer, up to the token that ends the turn."""
-        tokenizer, mark = self.processor.tokenizer, "ANSWER"
-        turns = [
-            {"role": "user", "content": [{"type": "text", "text": "?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": mark}]},
-        ]
-        after = self.processor.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-        ids = tokenizer(after, add_special_tokens=False).input_ids
+    def _check_length(self, length: int, what: str) -> None:
+        most = getattr(self.unwrapped.config.get_text_config(), "max_position_embeddings", length)
+        if length > most:
+            raise UserError(f"{what} is {length} tokens, but {self.source} takes {most}; show less or write less.")
+
+    def _rendered(self, *turns: dict[str, Any], **settings: Any) -> str:
+        return self.processor.apply_chat_template(list(turns), tokenize=False, **settings)
+
+    def _read_template(self) -> tuple[str, list[int]]:
+        """What the chat template writes before an answer, and after it up to the token that ends the turn.
+
+        SmolVLM's asks with "Assistant:" and writes "Assistant: answer", so the network itself begins with the space;
+        tokenizers of Llama's kind put it there.
+        """
+        mark = "ANSWER"
+        question: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        answer: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": mark}]}
+        asked = self._rendered(question, add_generation_prompt=True)
+        before, _, after = self._rendered(question, answer).rpartition(mark)
+        lead = before.removeprefix(asked) if before.startswith(asked) else ""
+        if self._ids(asked) + self._ids(lead + mark) != self._ids(before + mark):
+            lead = ""
+        ids = self._ids(after)
         ending = next((n for n, token in enumerate(ids) if token in self.ends), None)
-        return [tokenizer.eos_token_id] if ending is None else ids[: ending + 1]
+        return lead, [self.processor.tokenizer.eos_token_id] if ending is None else ids[: ending + 1]
 
     def _row(self, prompt: Piece, answer: Tensor) -> Encoded:
         """One sample; entries that go along the tokens are extended as for text: attended to, and no picture."""
         asked = prompt["input_ids"]
+        self._check_length(asked.shape[1] + len(answer), f"A prompt of {asked.shape[1]} tokens with its answer")
         added = answer[None].to(asked.dtype)
         entries: dict[str, Any] = {
             "answer_mask": torch.cat([torch.zeros_like(asked), torch.ones_like(added)], 1).bool()
@@ -249,20 +319,31 @@ class VLMModality(Holder):
         The only call of the trained network. Logits are what takes memory: N · K · V numbers, V being 152 thousand for
         Qwen2-VL, and once more in float32; so those of the prompt are not made. `backward="two-pass"` makes N 1.
         """
-        first = int(probe.mask.any(0).int().argmax())
+        keep = probe.tokens.shape[1] - int(probe.mask.any(0).int().argmax()) + 1
+        shapes = [None if clip is None else clip.shape[1:] for clip in probe.cond.get("pixel_values_videos", ())]
+        if len({*shapes} - {None}) < 2:
+            return self._logits(probe, view, keep)
+        # LLaVA-OneVision stacks clips, so those of other lengths are asked about apart
+        rows = [[n for n, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)]
+        logits = torch.cat([self._logits(probe[part], view, keep) for part in rows])
+        return logits[torch.tensor([n for part in rows for n in part]).argsort()]
+
+    def _logits(self, probe: Any, view: str, keep: int) -> Tensor:
         cond = probe.cond.view(view)
-        with told(self.unwrapped, cond.get("user")):
-            inputs = self._inputs(probe.tokens, cond)
-            return self.network(**inputs, use_cache=False, logits_to_keep=probe.tokens.shape[1] - first + 1).logits
+        try:
+            with told(self.unwrapped, cond.get("user")):
+                return self.network(**self._inputs(probe.tokens, cond), use_cache=False, logits_to_keep=keep).logits
+        except ValueError as error:  # it counts placeholders and features
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(f"{self.source}: its processor does not fit its network ({reason}).") from error
 
     def _inputs(self, tokens: Tensor, cond: Cond) -> dict[str, Any]:
         """The network's arguments for N rows."""
         inputs: dict[str, Any] = {"input_ids": tokens}
         for name, value in cond.to(self.device, self.unwrapped.dtype).items():
             if isinstance(value, list):
-                # Patches and grids of all pictures stand behind each other, in the rows' order
                 given = [one for one in value if one is not None]
-                inputs |= {name: torch.cat(given)} if given else {}
+                inputs |= {name: _joined(given)} if given else {}
             elif name not in ("answer_mask", "user"):
                 inputs[name] = value
         return inputs
@@ -298,7 +379,7 @@ class VLMModality(Holder):
         Args:
             prompts: the user's turns.
             seeds: one a prompt.
-            images: for every prompt the pictures shown before it, things that `open_image` takes.
+            images: for every prompt what is shown before it, as in a Comparison's `condition`: videos too.
             max_new_tokens: an answer is cut after so many.
             temperature: divides the logits; 0 takes the likeliest token.
             user: whom they are for, an embedding [D] or [N, D]; it needs user layers.
@@ -322,15 +403,15 @@ class VLMModality(Holder):
         answers: list[Text] = []
         try:
             for number, (text, seed, shown) in enumerate(zip(prompts, seeds, images, strict=True)):
-                pictures = [open_image(one, name=f"prompt {number}, picture {n}") for n, one in enumerate(shown)]
-                prompt = self._prompt(text, pictures, f"prompt {number}")
+                prompt = self._prompt(text, shown, f"prompt {number}")
                 begun = self._tokens(starts[number] if starts else "", f"prompt {number}, its answer's start")
                 row = self._row(prompt, torch.tensor(begun, dtype=torch.int64))
                 off = self._picture_tokens(row.x0[0], hidden[number]) if hidden else None
                 with told(self.unwrapped, whose[number]), hiding(self.unwrapped, off):
                     tokens = self._continue(row, int(seed), max_new_tokens, temperature, stop)
                 new = tokens[prompt["input_ids"].shape[1] :]
-                answers.append(Text(self.processor.tokenizer.decode(new, skip_special_tokens=True)))
+                said = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+                answers.append(Text(said.removeprefix(self._lead)))
                 if progress:
                     progress(1)
         finally:
@@ -338,8 +419,10 @@ class VLMModality(Holder):
         return answers
 
     def _picture_tokens(self, tokens: Tensor, chosen: Callable[[int], Any]) -> Tensor:
-        """[L] bool, true for those of a row's picture tokens that are chosen."""
-        places = torch.nonzero(tokens == self.unwrapped.config.image_token_id).squeeze(1)
+        """[L] bool, true for those of a row's tokens of pictures and videos that are chosen."""
+        names = ("image_token_id", "video_token_id")
+        shown = [getattr(self.unwrapped.config, name) for name in names if hasattr(self.unwrapped.config, name)]
+        places = torch.nonzero(torch.isin(tokens, torch.tensor(shown, device=tokens.device))).squeeze(1)
         found = torch.zeros_like(tokens, dtype=torch.bool)
         found[places] = torch.as_tensor(chosen(len(places)), device=tokens.device)
         return found
