@@ -43,6 +43,7 @@ def frames_of(
     multiple: int = 1,
     least: int = 1,
     most: int | None = None,
+    first: int | None = None,
     ends: bool = False,
     each: Callable[[Image.Image], Image.Image] = lambda picture: picture,
     name: str = "",
@@ -55,6 +56,7 @@ def frames_of(
         multiple: their number is rounded to a multiple of this.
         least: so many at least; a video with fewer frames repeats some.
         most: so many at most, then further apart.
+        first: the first so many of them alone.
         ends: the last frame is one of them, as qwen-vl-utils has it. Else they are 1 / `fps` seconds apart from the
             first on, and the same motion gives the same frames at any rate of the file.
         each: what is done to every chosen frame before the next is read.
@@ -78,7 +80,7 @@ def frames_of(
     count = min(count, most or count)
     times = np.array([float(stamp - stamps[0]) for stamp in stamps])
     moments = np.linspace(0, times[-1], count) if ends else np.arange(count) * (float(duration) / count)
-    chosen = np.searchsorted((times[1:] + times[:-1]) / 2, moments)
+    chosen = np.searchsorted((times[1:] + times[:-1]) / 2, moments[:first])
     if isinstance(source, list | tuple):
         shown = {stamps[i]: open_image(source[i], name=f"{name}, frame {i}") for i in set(chosen)}
     else:

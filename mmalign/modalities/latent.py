@@ -17,8 +17,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmalign.modalities import Encoded, Holder, Only, Piece, Skeleton
-from mmalign.modalities.user import add_layers, arguments, has_layers, layers, save_layers
+from mmalign.modalities import Encoded, Holder, Only, Piece, Skeleton, adapter_files
+from mmalign.modalities.user import add_layers, arguments, has_layers, layers, save_layers, telling
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import Path as NoisePath
@@ -35,6 +35,7 @@ class LatentModality(Holder):
         targets: module names that a LoRA trains by default.
         medium: what it makes, in a word for errors.
         encoded_at_once: media that the VAE takes together.
+        ragged: what of a prompt's condition has a length of its own; in a batch it is a list.
         pipeline: the diffusers pipeline around the network.
     """
 
@@ -42,6 +43,7 @@ class LatentModality(Holder):
     targets: ClassVar[tuple[str, ...]]
     medium: ClassVar[str]
     encoded_at_once: ClassVar[int] = 8
+    ragged: ClassVar[frozenset[str]] = frozenset()
     path: NoisePath
     rest: Callable[..., Any] | None = None  # what loads the pipeline around the network, where that is still to be done
 
@@ -116,10 +118,10 @@ class LatentModality(Holder):
     def _posterior(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation [N, C, ...] of the latents as the network knows them, in float32 or better.
 
-        Default: an AutoencoderKL, whose configuration has a scale and perhaps a shift.
+        Default: an AutoencoderKL, or one like it, whose configuration may have a scale and a shift.
         """
         vae = self.pipeline.vae
-        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        scale, shift = vae.config.get("scaling_factor", 1.0), vae.config.get("shift_factor") or 0.0
         posterior = vae.encode(batch).latent_dist
         return (at_least_float32(posterior.mean) - shift) * scale, at_least_float32(posterior.std) * scale
 
@@ -133,7 +135,8 @@ class LatentModality(Holder):
         asked = [prompt for prompt, group in zip(prompts, media, strict=True) for _ in group]
         sizes = [group[0] for group in media for _ in group]
         x0_std = stacked(flat, "x0_std") if "x0_std" in flat[0] else None
-        cond = Cond({name: stacked(asked, name) for name in asked[0]})
+        lists = {name: [piece[name].to(self.device) for piece in asked] for name in self.ragged}
+        cond = Cond({name: lists.get(name) or stacked(asked, name) for name in asked[0]})
         return Encoded(stacked(flat, "x0"), x0_std, self._sized(cond, stacked(sizes, "size")))
 
     def _embed(self, prompts: list[str]) -> Cond:
@@ -150,6 +153,20 @@ class LatentModality(Holder):
         self.whole()
         return self._embed([""])
 
+    # -- the network ---------------------------------------------------------------------------------------
+
+    def predict(self, probe: Any, view: str) -> Tensor:
+        """[N, C, ...] as the path has it; the only call of the trained network."""
+        dtype = self.unwrapped.dtype
+        cond = probe.cond.view(view).to(self.device, dtype)
+        named = self._arguments(probe.x_t.to(self.device, dtype), probe.t.to(self.device), cond)
+        named |= arguments(self.unwrapped.forward, cond.get("user"))
+        return self.network(**named, return_dict=False)[0]
+
+    def _arguments(self, latents: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+        """The network's arguments by name, of latents [N, C, ...] and t [N] as the path counts it."""
+        raise NotImplementedError
+
     # -- generation ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -159,6 +176,7 @@ class LatentModality(Holder):
         seeds: Sequence[int],
         settings: Mapping[str, Any],
         *,
+        decode: Callable[[Tensor, Mapping[str, Any]], list[Any]] | None = None,
         negative_prompt: str | None = None,
         batch_size: int = 16,
         user: Tensor | None = None,
@@ -170,6 +188,7 @@ class LatentModality(Holder):
             prompts: N texts.
             seeds: one a prompt.
             settings: for the pipeline; None takes its own default.
+            decode: (latents, settings) -> media; default `_decode`.
             negative_prompt: of all.
             batch_size: prompts at once.
             user: whom they are for, an embedding [D] or [N, D]; it needs user layers.
@@ -191,16 +210,18 @@ class LatentModality(Holder):
                 part = list(prompts[start : start + batch_size])
                 noise = [torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch_size]]
                 negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(part)}
-                told = arguments(self.pipeline.__call__, whose if whose is None else whose[start : start + batch_size])
-                latents = self.pipeline(
-                    prompt=part, generator=noise, output_type="latent", return_dict=False, **given, **negative, **told
-                )[0]
-                media += self._decode(latents, given)
+                with telling(self.unwrapped, None if whose is None else whose[start : start + batch_size]):
+                    latents = self._latents(prompt=part, generator=noise, **given, **negative)
+                media += (decode or self._decode)(latents, given)
                 if progress:
                     progress(len(part))
         finally:
             self.network.train(training)
         return media
+
+    def _latents(self, **told: Any) -> Tensor:
+        """What the pipeline makes of its arguments."""
+        return self.pipeline(output_type="latent", return_dict=False, **told)[0]
 
     def _decode(self, latents: Tensor, settings: Mapping[str, Any]) -> list[Any]:
         """Media of the pipeline's latents; our own, as it would hand half-precision latents to the float32 VAE."""
@@ -221,9 +242,13 @@ class LatentModality(Holder):
     def load_adapter(self, path: str | Path, name: str = "policy") -> None:
         """Puts a LoRA on the network, in the keys that the family's diffusers pipeline reads; it stays float32.
 
+        Where the pipeline reads none, the files are PEFT's.
+
         Raises:
             UserError: the file is missing, holds no LoRA, or was made for another architecture.
         """
+        if not hasattr(self.pipeline, "load_lora_weights"):
+            return adapter_files.load_adapter(self.unwrapped, path, name, self.source)
         path = Path(path)
         file = path / LORA_FILE if path.is_dir() else path
         local = file.exists() or path.is_absolute() or str(path).count("/") != 1
@@ -258,7 +283,10 @@ class LatentModality(Holder):
         if personal:
             save_layers(self.unwrapped, folder)
         if "policy" in getattr(self.unwrapped, "peft_config", {}):
-            self._save_lora(folder)
+            if hasattr(self.pipeline, "save_lora_weights"):
+                self._save_lora(folder)
+            else:
+                adapter_files.save_adapter(self.unwrapped, folder, self.source)
         elif not personal:
             self.whole().save_pretrained(folder)
 
@@ -316,8 +344,9 @@ def load_modality(
             pipeline = (read or partial(_read_folder, source))(dtype, parts)
             if vae and pipeline.vae:
                 pipeline.vae = type(pipeline.vae).from_pretrained(str(vae), dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{vae or source}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{vae or source}: cannot be loaded ({reason}).") from error
         if pipeline.vae and not vae and dtype.itemsize < 4:
             pipeline.vae.to(torch.float32)
         pipeline.set_progress_bar_config(disable=True)
@@ -366,15 +395,18 @@ def frozen(index: Mapping[str, Any], part: str) -> tuple[str, ...]:
 
 def makers(source: str | Path) -> dict[str, Callable[[], nn.Module]]:
     """Name -> what makes each network that a pipeline folder or hub id names, from its configuration alone."""
+    from diffusers import ModelMixin, pipelines
+
     found: dict[str, Callable[[], nn.Module]] = {}
     for name, entry in model_index(source).items():
         library, kind = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
-        if library not in ("diffusers", "transformers"):  # absent parts, settings, a pipeline's own helper classes
-            continue
-        made = getattr(importlib.import_module(library), kind, None)
+        if library in ("diffusers", "transformers"):
+            made = getattr(importlib.import_module(library), kind, None)
+        else:  # a pipeline's own networks (AudioLDM2's UNet); also absent parts, settings, safety checkers
+            made = getattr(getattr(pipelines, library or "", None), kind or "", None)
         if not (isinstance(made, type) and issubclass(made, nn.Module)):
             continue
-        if library == "diffusers":
+        if issubclass(made, ModelMixin):
             found[name] = partial(made.from_config, made.load_config(str(source), subfolder=name))
         else:
             found[name] = partial(made, made.config_class.from_pretrained(str(source), subfolder=name))

@@ -34,7 +34,9 @@ class LatentImageModality(LatentModality):
 
     def __init__(self, pipeline: Any, source: str = "") -> None:
         super().__init__(pipeline, source)
-        self.resolution: int = self.unwrapped.config.sample_size * pipeline.vae_scale_factor
+        # 128: Z-Image, whose pipeline has it as a number in its code
+        side = self.unwrapped.config.get("sample_size") or getattr(pipeline, "default_sample_size", 128)
+        self.resolution: int = side * pipeline.vae_scale_factor
         self.aspect_buckets = False
 
     @classmethod
@@ -66,21 +68,8 @@ class LatentImageModality(LatentModality):
         original height and width, the crop's top and left, the frame's height and width.
         """
         picture = open_image(item.media[number], name=self.name(item, number))
-        (width, height), (high, wide) = picture.size, frame
-        if min(width, height) * MAX_ENLARGED <= min(frame):
-            raise UserError(
-                f"{self.name(item, number)}: is {width} x {height} pixels, too small for {wide} x {high}; remove it.",
-                reason="too_small",
-            )
-        factor = max(wide / width, high / height)
-        resized = picture.resize(
-            (max(wide, round(width * factor)), max(high, round(height * factor))), Image.Resampling.LANCZOS
-        )
-        left, top = (resized.width - wide) // 2, (resized.height - high) // 2
-        array = np.asarray(resized.crop((left, top, left + wide, top + high)), dtype=np.float32)
-        return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1, [
-            float(n) for n in (height, width, top, left, *frame)
-        ]
+        cropped, left, top = cover(picture, frame, name=self.name(item, number))
+        return pixels(cropped), [float(n) for n in (picture.height, picture.width, top, left, *frame)]
 
     def generate(
         self,
@@ -107,11 +96,39 @@ class LatentImageModality(LatentModality):
         return self._generated(prompts, seeds, settings, **told)
 
     def _decode(self, latents: Tensor, settings: Mapping[str, Any]) -> list[Image.Image]:
+        return self.pipeline.image_processor.postprocess(self._pixels(latents), output_type="pil")
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] of latents as `_posterior` scales them."""
         vae = self.pipeline.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return self.pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return vae.decode(latents, return_dict=False)[0]
+
+
+def cover(picture: Image.Image, frame: Sequence[int], *, name: str) -> tuple[Image.Image, int, int]:
+    """A picture brought to cover a frame of (height, width), the rest cropped at the centre; the crop's left and top.
+
+    Raises:
+        UserError: it is too small for that ("too_small").
+    """
+    (width, height), (high, wide) = picture.size, frame
+    if min(width, height) * MAX_ENLARGED <= min(frame):
+        raise UserError(
+            f"{name}: is {width} x {height} pixels, too small for {wide} x {high}; remove it.", reason="too_small"
+        )
+    factor = max(wide / width, high / height)
+    resized = picture.resize(
+        (max(wide, round(width * factor)), max(high, round(height * factor))), Image.Resampling.LANCZOS
+    )
+    left, top = (resized.width - wide) // 2, (resized.height - high) // 2
+    return resized.crop((left, top, left + wide, top + high)), left, top
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """[3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def pixels_per_latent(vae: Any) -> int:
     """How many pixels high and wide a latent is."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)

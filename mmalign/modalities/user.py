@@ -10,7 +10,8 @@ tokens() is one linear map for the whole network: with a single token the softma
 
 The layers hang on the attention modules as hooks. Whatever processor does the text's part (SDPA, xformers, sliced),
 before or after they were added, does it still; so does a LoRA on the same projections. The embedding travels as an
-argument of the call, so that gradient checkpointing recomputes with the same one.
+argument of the blocks, so that gradient checkpointing recomputes with the same one: in their attention kwargs or, where
+they have none (Wan, Stable Audio), at the end of the text, from which it is taken off before each attention.
 
 Shapes: N samples, D features of an embedding, T tokens, W width of the text, L query tokens, H heads.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,22 @@ from torch import Tensor, nn
 from mmalign.records import UserError
 
 LAYERS_FILE = "user_layers.safetensors"
-CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs")  # of UNets, of joint attention
-ARGUMENT = "user"  # its entry in one of them: u [N, D]
+CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")  # of UNets, joint attention, videos
+TEXT_ENDS = ("text_embedder", "cross_attention_proj", "caption_projection")  # what makes the text that blocks read
+ARGUMENT = "user"  # its entry in a carrier, or its own argument where there is none: u [N, D]
 HEARD = "ip_hidden_states"  # diffusers' own name for what an IP-Adapter attends to: every processor lets it pass
 
 
 class UserTokens(nn.Module):
-    """Embeddings u [N, D] -> tokens [N, T, W]; linear, 0 to 0."""
+    """Embeddings u [N, D] -> tokens [N, T, W]; linear, 0 to 0.
+
+    Attributes:
+        whose: the users [N, D] of calls that name none; see `telling`.
+        heard: tokens on their way to the end of the text.
+    """
+
+    whose: Tensor | None = None
+    heard: Tensor | None = None
 
     def __init__(self, features: int, tokens: int, width: int) -> None:
         super().__init__()
@@ -49,11 +60,17 @@ class UserTokens(nn.Module):
 
 
 class UserAttention(nn.Module):
-    """softmax(Q K'^T / sqrt(d)) V' over a user's tokens."""
+    """softmax(Q K'^T / sqrt(d)) V' over a user's T tokens.
 
-    def __init__(self, width: int, inner: int, heads: int) -> None:
+    Attributes:
+        heard: tokens that came with the text of the call under way.
+    """
+
+    heard: Tensor | None = None
+
+    def __init__(self, width: int, inner: int, heads: int, tokens: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.tokens = heads, tokens
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(width, inner, bias=False)
 
@@ -68,12 +85,18 @@ class UserAttention(nn.Module):
 
 
 def text_attentions(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of every attention that reads the text: a UNet's attn2, a DiT's joint attention."""
-    from diffusers.models.attention_processor import Attention
-
+    """Name and module of every attention that reads the text: a UNet's attn2, a DiT's attn2 or joint attention."""
     for name, module in network.named_modules():
-        if isinstance(module, Attention) and (module.is_cross_attention or module.added_kv_proj_dim is not None):
+        if hasattr(module, "to_q") and text_keys(module) is not None:
             yield name, module
+
+
+def text_keys(attention: Any) -> Any:
+    """What makes keys of the text, None where it is not read; CogVideoX's picture and text share their projections."""
+    joint = type(getattr(attention, "processor", None)).__name__ == "CogVideoXAttnProcessor2_0"
+    if joint or getattr(attention, "is_cross_attention", False):
+        return attention.to_k
+    return getattr(attention, "add_k_proj", None)
 
 
 def add_layers(network: nn.Module, features: int, tokens: int, seed: int = 0) -> None:
@@ -93,16 +116,18 @@ def add_layers(network: nn.Module, features: int, tokens: int, seed: int = 0) ->
         raise UserError(f"A {type(network).__name__} has no text attention that user layers could stand beside.")
     if has_layers(network):
         raise UserError("The network has user layers already; load a fresh base.")
-    device, widths = next(network.parameters()).device, []
+    device, widths, end = next(network.parameters()).device, [], _text_end(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _, attention in attentions:
-            text = attention.to_k if attention.is_cross_attention else attention.add_k_proj
-            layer = UserAttention(text.in_features, attention.to_q.out_features, attention.heads)
+            text = text_keys(attention)
+            layer = UserAttention(text.in_features, attention.to_q.out_features, attention.heads, tokens)
             nn.init.normal_(layer.key.weight, std=text.in_features**-0.5)
             nn.init.zeros_(layer.value.weight)
             widths.append(text.in_features)
             attention.user = layer.to(device)
+            if end is not None:
+                attention.register_forward_pre_hook(_take_off, with_kwargs=True)
             attention.register_forward_hook(_add_users_part, with_kwargs=True)
         first = UserTokens(features, tokens, widths[0])
         nn.init.normal_(first.project.weight, std=features**-0.5)
@@ -110,6 +135,20 @@ def add_layers(network: nn.Module, features: int, tokens: int, seed: int = 0) ->
         raise UserError(f"A {type(network).__name__} reads texts of several widths; user layers know one.")
     network.user = first.to(device)
     network.register_forward_pre_hook(_make_tokens, with_kwargs=True)
+    if end is not None:
+        end.register_forward_hook(partial(_append, first))
+
+
+def _carrier(call: Any) -> str | None:
+    """The argument by which a network or a pipeline takes what its attentions shall know."""
+    return next((name for name in CARRIERS if name in inspect.signature(call).parameters), None)
+
+
+def _text_end(network: Any) -> nn.Module | None:
+    """What makes the text that blocks read, where their attentions are given nothing else; else None."""
+    if _carrier(network.forward) in CARRIERS[:2]:
+        return None
+    return next((part for name, part in network.named_modules() if name.endswith(TEXT_ENDS)), None)
 
 
 def has_layers(network: nn.Module) -> bool:
@@ -126,46 +165,101 @@ def arguments(call: Any, user: Tensor | None) -> dict[str, Any]:
     """How a user [N, D] is told to `call`, a network's forward or a pipeline; nothing for nobody.
 
     Raises:
-        UserError: it takes no attention kwargs, so it cannot hear a user.
+        UserError: it takes no attention kwargs and no text, so it cannot hear a user.
     """
     if user is None:
         return {}
-    for name in CARRIERS:
-        if name in inspect.signature(call).parameters:
-            return {name: {ARGUMENT: user}}
+    if carrier := _carrier(call):
+        return {carrier: {ARGUMENT: user}}
+    if "encoder_hidden_states" in inspect.signature(call).parameters:
+        return {ARGUMENT: user}  # which the layers take off before the network sees it
     raise UserError(f"{call.__qualname__}: takes none of {', '.join(CARRIERS)}, so it cannot be told a user.")
 
 
-def _make_tokens(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before the network runs: embeddings become tokens, in the place where they travel.
+@contextmanager
+def telling(network: Any, user: Tensor | None) -> Iterator[None]:
+    """While it lasts, a network with user layers speaks for a user [N, D], whatever pipeline calls it.
 
-    A pipeline that guides doubles the batch, without the text first: that half hears no user either, as with
-    IP-Adapters, so guidance strengthens the taste together with the text.
+    A pipeline that guides doubles the batch, without the text first, or calls a second time under the name "uncond"
+    (Wan): there no user is heard either, as with IP-Adapters, so guidance strengthens the taste together with the text.
+
+    Raises:
+        UserError: the network has no user layers.
     """
+    if user is None:
+        yield
+        return
+    if not has_layers(network):
+        raise UserError("A user is given, but the network has no user layers; load them too (user_layers).")
+    plain = getattr(network, "cache_context", None)
+
+    @contextmanager
+    def noted(name: str, **context: Any) -> Iterator[None]:
+        network.user.whose = None if name == "uncond" else user
+        with plain(name, **context):  # pyright: ignore[reportOptionalCall]
+            yield
+
+    network.user.whose = user
+    if plain:
+        network.cache_context = noted
+    try:
+        yield
+    finally:
+        network.user.whose = None
+        network.__dict__.pop("cache_context", None)
+
+
+def _make_tokens(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before the network runs: embeddings become tokens, in the place where they travel."""
+    user, kwargs = kwargs.get(ARGUMENT, network.user.whose), dict(kwargs)
+    kwargs.pop(ARGUMENT, None)
     for name in CARRIERS:
-        given = kwargs.get(name) or {}
-        if ARGUMENT in given:
-            user = given[ARGUMENT]
-            sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-            if len(sample) == 2 * len(user):
-                user = torch.cat([torch.zeros_like(user), user])
-            rest = {key: value for key, value in given.items() if key != ARGUMENT}
-            kwargs = {**kwargs, name: {**rest, HEARD: network.user(user)}}
+        if ARGUMENT in (kwargs.get(name) or {}):
+            kwargs[name] = dict(kwargs[name])
+            user = kwargs[name].pop(ARGUMENT)
+    if user is None:
+        return args, kwargs
+    sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    if len(sample) == 2 * len(user):  # guided: the half without the text comes first
+        user = torch.cat([torch.zeros_like(user), user])
+    tokens = network.user(user)
+    if _text_end(network) is not None:
+        network.user.heard = tokens
+    elif carrier := _carrier(network.forward):
+        kwargs[carrier] = {**(kwargs.get(carrier) or {}), HEARD: tokens}
     return args, kwargs
+
+
+def _append(first: UserTokens, end: nn.Module, args: tuple[Any, ...], text: Tensor) -> Tensor:
+    """After the text [N, L, W] was made: the user's tokens follow it; nobody's are 0."""
+    tokens, first.heard = first.heard, None
+    if tokens is None:
+        tokens = text.new_zeros(len(text), first.tokens, text.shape[-1])
+    return torch.cat([text, tokens.to(text.dtype)], 1)
+
+
+def _take_off(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before an attention: it reads the text as it was, and laid out as it was, so that no bit differs."""
+    text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    own, attention.user.heard = text[:, : -attention.user.tokens].contiguous(), text[:, -attention.user.tokens :]
+    if "encoder_hidden_states" in kwargs:
+        return args, {**kwargs, "encoder_hidden_states": own}
+    return (args[0], own, *args[2:]), kwargs
 
 
 def _add_users_part(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """After an attention ran: the user's part goes through the same output projection and is added."""
-    tokens = kwargs.get(HEARD)
+    tokens, attention.user.heard = kwargs.get(HEARD, attention.user.heard), None
     if tokens is None:
         return output
     query = attention.to_q(args[0] if args else kwargs["hidden_states"])
-    query = query.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    if attention.norm_q is not None:
-        query = attention.norm_q(query)
+    norm = getattr(attention, "norm_q", None) or nn.Identity()
+    if getattr(norm, "weight", query[0, 0, :0]).numel() == query.shape[-1]:  # over all heads, as Wan's
+        query, norm = norm(query), nn.Identity()
+    query = norm(query.unflatten(-1, (attention.heads, -1)).transpose(1, 2))
     part, project = attention.user(query, tokens), attention.to_out[0]
     # The projection without its bias, which the text's part has had; exactly 0 where the part is 0
-    part = (project(part) - project(torch.zeros_like(part[:1, :1]))) / attention.rescale_output_factor
+    part = (project(part) - project(torch.zeros_like(part[:1, :1]))) / getattr(attention, "rescale_output_factor", 1.0)
     if isinstance(output, tuple):  # joint attention: the picture's stream, and the text's
         return output[0] + part.to(output[0].dtype), *output[1:]
     return output + part.to(output.dtype)

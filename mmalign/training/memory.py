@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mmalign
+from mmalign.modalities.user import text_attentions, text_keys
 from mmalign.training.prepare import checkpoint_blocks
 from mmalign.training.run import Run
 
@@ -77,7 +78,7 @@ def plan(run: Run, dtype: torch.dtype, skeleton: Any = None, members: int = 2) -
     encoding = 0
     if "vae" in skeleton.parts and not run.cache_dir:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            encode = fake_encoding(skeleton, run, min(8, members * run.train_batch_size), dtype)
+            encode = fake_encoding(skeleton, run, min(skeleton.encoded_at_once, members * run.train_batch_size), dtype)
             with Live() as live:
                 encode()
         encoding = max(0, live.peak - activations)  # the VAE is done before there are activations
@@ -131,7 +132,7 @@ def prepare_fake(model: Any, run: Run, targets: Sequence[str]) -> None:
     """What `prepare_policy` does to a network, for one on fake tensors; checkpointing is left to the caller."""
     model.requires_grad_(not run.use_lora).train()
     if run.users:
-        _stand_in(model)
+        _stand_in(model, run.user_tokens)
     elif run.use_lora:
         _wrap(model, run, targets)
 
@@ -161,13 +162,21 @@ class _WithLoRA(nn.Module):
         return self.base(x) + self.b(self.a(x.float())).to(x.dtype)
 
 
-def _stand_in(model: nn.Module) -> None:
-    """User layers are as large as the keys and values of the text, and keep as much: these are counted for them."""
-    for attention in model.modules():
-        joint = getattr(attention, "added_kv_proj_dim", None) is not None
-        if joint or getattr(attention, "is_cross_attention", False):
-            for name in ("add_k_proj", "add_v_proj") if joint else ("to_k", "to_v"):
-                getattr(attention, name).weight.requires_grad_(True)
+def _stand_in(model: Any, tokens: int) -> None:
+    """User layers are as large as the keys and values of the text, and keep as much: these are counted for them.
+
+    Soft tokens are a map of their own, here from embeddings as wide as the network's; the gradient goes to them
+    through all of the decoder.
+    """
+    if hasattr(model, "get_input_embeddings"):
+        embed = model.get_input_embeddings()
+        width = embed.embedding_dim
+        model.user = nn.Linear(width, tokens * width, bias=False, dtype=torch.float32)
+        embed.register_forward_hook(lambda module, inputs, embedded: embedded + model.user.weight[0, 0].to(embedded))
+    for _, attention in text_attentions(model):
+        keys = text_keys(attention)
+        for projection in (keys, attention.to_v if keys is attention.to_k else attention.add_v_proj):
+            projection.weight.requires_grad_(True)
 
 
 def _wrap(model: nn.Module, run: Run, default: Sequence[str]) -> None:
@@ -191,13 +200,17 @@ def fake(network: Any, dtype: torch.dtype) -> Any:
 
 
 def fake_encoding(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """What encodes pictures as large as the run's latents ask for; it is made, and to be called, on fake tensors."""
+    """What encodes media of the run's size; it is made, and to be called, on fake tensors."""
     vae = skeleton.parts["vae"]
     dtype = dtype if run.pretrained_vae_model_name_or_path or dtype.itemsize > 4 else torch.float32
-    latents = next(iter(skeleton.example(samples, run.resolution, dtype, run.length).values()))
-    side = latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-    pictures = torch.zeros(samples, vae.config.in_channels, side, side, dtype=dtype)
-    return partial(fake(vae, dtype).requires_grad_(False).eval().encode, pictures)
+    if skeleton.media:
+        shape = skeleton.media(samples, run.resolution, run.length)
+    else:
+        latents = next(iter(skeleton.example(samples, run.resolution, dtype, run.length).values()))
+        side = latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = samples, vae.config.in_channels, side, side
+    media = torch.zeros(shape, dtype=dtype)
+    return partial(fake(vae, dtype).requires_grad_(False).eval().encode, media)
 
 
 class Live(TorchDispatchMode):
