@@ -64,14 +64,14 @@ def unet_config(*, xl: bool, sample_size: int = 8):
     return shared
 
 
-def tiny_vae(**settings):
-    """Two pixels a latent."""
+def tiny_vae(levels: int = 2, **settings):
+    """Two pixels a latent, or with more levels more."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=4,
         layers_per_block=1,
         sample_size=16,

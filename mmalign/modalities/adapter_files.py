@@ -1,4 +1,7 @@
-"""LoRA files in PEFT's own format, for the networks of transformers: plain PEFT and others' tools read them."""
+"""LoRA files in PEFT's own format, which plain PEFT and others' tools read.
+
+For the networks of transformers, and for those of diffusers whose pipelines read no LoRA (PixArt).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def load_adapter(model: Any, path: str | Path, name: str, source: str) -> None:
     """Puts a LoRA on a network; its weights are float32 or finer.
 
     Args:
-        model: a transformers network without wrappers.
+        model: a network without wrappers.
         path: folder or hub id.
         name: of the adapter on the network.
         source: where the network came from, for errors.
@@ -25,7 +28,7 @@ def load_adapter(model: Any, path: str | Path, name: str, source: str) -> None:
     Raises:
         UserError: the files are missing, hold no LoRA, or were made for another architecture.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     path, source = Path(path), source or "the model"
@@ -37,7 +40,10 @@ def load_adapter(model: Any, path: str | Path, name: str, source: str) -> None:
         if not isinstance(config, LoraConfig):
             raise ValueError("it is no LoRA")
         state = {key.removeprefix(PREFIX): value for key, value in load_peft_weights(str(path), device="cpu").items()}
-        model.add_adapter(config, adapter_name=name)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, adapter_name=name)
+        else:
+            inject_adapter_in_model(config, model, name)
         result = set_peft_model_state_dict(model, state, adapter_name=name)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,26 +1,45 @@
-"""SD3 on a tiny model with the real architecture and file layout."""
+"""Transformers over latents on tiny models with the real architectures and file layouts; SD3 more closely."""
 
+import inspect
 import json
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from peft import LoraConfig
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+)
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 
 import mmalign
+from mmalign.data.export import write_comparisons
+from mmalign.modalities.adapter_files import ADAPTER_FILE
 from mmalign.modalities.latent import LORA_FILE
 from mmalign.objectives import DiffusionDPO
 from mmalign.records import UserError
-from mmalign.surrogate import FreshNoise, Keys, RectifiedFlow
+from mmalign.surrogate import (
+    Cond,
+    FreshNoise,
+    Keys,
+    Likelihood,
+    NoisedProbe,
+    RectifiedFlow,
+    VariancePreserving,
+)
 from mmalign.training import memory
 from mmalign.training.loop import train
 from mmalign.training.prepare import prepare_policy
 from mmalign.training.run import Run
 from mmalign.training.views import WeightViews
-from tests import tiny
+from tests import tiny, tiny_dit
+from tests.objectives.official import GOLDEN, PAIRS
 
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 4.0}
 
@@ -32,7 +51,7 @@ def modality(tiny_sd3):
 
 def add_lora(modality, rank=2, alpha=6):
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modality.lora_targets(), init_lora_weights=False)
-    modality.network.add_adapter(config, "policy")
+    inject_adapter_in_model(config, modality.network, "policy")
     return modality
 
 
@@ -255,3 +274,289 @@ def test_two_steps_of_dpo_start_at_ln_2_and_resume_bit_for_bit(recipe, pairs, tm
     cut = {"gradient_checkpointing": True, "backward": "two-pass", "rows_at_once": 3}
     other, _ = run_it(replace(recipe, **cut, output_dir=str(tmp_path / "cut")))
     assert other == pytest.approx(losses, rel=1e-9)
+
+
+# -- every family ------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    **tiny_dit.FAMILIES,
+    "FLUX.1 schnell": partial(tiny_dit.tiny_flux, guidance=False),
+    "PixArt-alpha": partial(tiny_dit.tiny_pixart, alpha=True),
+}
+PLAIN = {"FLUX.1 schnell": "FLUX.1", "PixArt-alpha": "PixArt-Sigma"}  # what a variant has in common with another
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Family -> its tiny pipeline, made when it is first asked for."""
+    return cache(lambda family: VARIANTS[family](tmp_path_factory.mktemp("tiny")))
+
+
+GENERATES = [name for name in VARIANTS if name != "PixArt-alpha"]  # that makes pictures of 1024 pixels or none
+
+
+@pytest.fixture(params=VARIANTS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def settings(family):
+    return tiny_dit.SETTINGS[PLAIN.get(family, family)]
+
+
+@pytest.fixture
+def items():
+    return tiny_dit.comparisons(2)
+
+
+@pytest.fixture
+def small(folders, family):
+    """A family's modality, for pictures of 8 x 8 latents."""
+    modality = mmalign.load(folders(family))
+    modality.resolution = 8 * modality.pipeline.vae_scale_factor
+    return modality
+
+
+def plain(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sd3_by_hand(pipeline, noisy, t, prompts):
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False)
+    named = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+    return pipeline.transformer(noisy, timestep=1000 * t, **named).sample
+
+
+def flux_by_hand(pipeline, noisy, t, prompts):
+    n, c, h, w = noisy.shape
+    embeds, pooled, text_ids = pipeline.encode_prompt(prompts, prompts)
+    output = pipeline.transformer(
+        pipeline._pack_latents(noisy, n, c, h, w),
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=(1000 * t) / 1000,
+        guidance=torch.full((n,), 3.5) if pipeline.transformer.config.guidance_embeds else None,
+        txt_ids=text_ids,
+        img_ids=pipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", torch.float32),
+    ).sample
+    scale = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(output, h * scale, w * scale, scale)
+
+
+def pixart_by_hand(pipeline, noisy, t, prompts):
+    embeds, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, clean_caption=True)
+    height, width = (8 * side for side in noisy.shape[-2:])
+    sizes = torch.tensor([height, width]).repeat(len(noisy), 1), torch.tensor([height / width]).repeat(len(noisy), 1)
+    alpha = type(pipeline).__name__ == "PixArtAlphaPipeline"
+    output = pipeline.transformer(
+        noisy,
+        encoder_hidden_states=embeds,
+        encoder_attention_mask=mask,
+        timestep=t,
+        added_cond_kwargs=dict(zip(("resolution", "aspect_ratio"), sizes if alpha else (None, None), strict=True)),
+    ).sample
+    return output.chunk(2, dim=1)[0]
+
+
+def sana_by_hand(pipeline, noisy, t, prompts):
+    instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    embeds, mask, *_ = pipeline.encode_prompt(
+        prompts, do_classifier_free_guidance=False, complex_human_instruction=instruction
+    )
+    named = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    return pipeline.transformer(noisy, timestep=1000 * t * pipeline.transformer.config.timestep_scale, **named).sample
+
+
+def qwen_image_by_hand(pipeline, noisy, t, prompts):
+    n, c, h, w = noisy.shape
+    embeds, mask = pipeline.encode_prompt(prompts)
+    output = pipeline.transformer(
+        pipeline._pack_latents(noisy, n, c, h, w),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,
+        timestep=(1000 * t) / 1000,
+        img_shapes=[[(1, h // 2, w // 2)]] * n,
+    ).sample
+    scale = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(output, h * scale, w * scale, scale)[:, :, 0]
+
+
+def z_image_by_hand(pipeline, noisy, t, prompts):
+    embeds, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+    output = pipeline.transformer(list(noisy.unsqueeze(2)), (1000 - 1000 * t) / 1000, embeds).sample
+    return -torch.stack(output).squeeze(2)
+
+
+def flux2_by_hand(pipeline, noisy, t, prompts):
+    embeds, text_ids = pipeline.encode_prompt(prompts)
+    ids = pipeline._prepare_latent_ids(noisy)
+    named = {"timestep": (1000 * t) / 1000, "encoder_hidden_states": embeds, "txt_ids": text_ids, "img_ids": ids}
+    output = pipeline.transformer(pipeline._pack_latents(noisy), **named).sample
+    return pipeline._unpack_latents_with_ids(output, ids)
+
+
+BY_HAND = {
+    "SD3": sd3_by_hand,
+    "FLUX.1": flux_by_hand,
+    "PixArt-Sigma": pixart_by_hand,
+    "FLUX.2 klein": flux2_by_hand,
+    "Qwen-Image": qwen_image_by_hand,
+    "Sana": sana_by_hand,
+    "Z-Image": z_image_by_hand,
+}
+
+
+def latents_by_hand(pipeline, values):
+    """Of a batch of pictures."""
+    vae, kind = pipeline.vae, type(pipeline).__name__
+    if kind == "SanaPipeline":
+        return vae.encode(values).latent * vae.config.scaling_factor
+    if kind == "QwenImagePipeline":
+        mean = vae.encode(values[:, :, None]).latent_dist.mean
+        shift, scale = (torch.tensor(x)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+        return (mean[:, :, 0] - shift) / scale
+    if kind == "Flux2KleinPipeline":
+        return pipeline._encode_vae_image(values, None)
+    return (vae.encode(values).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def test_the_surrogate_equals_the_pipelines_own_parts(family, small, folders, items):
+    """x0, noise and time given: VAE, noising, transformer and target by hand."""
+    pipeline = plain(folders(family))
+    probe = probe_of(small, items)
+    for k, item in enumerate(items):
+        for m in range(2):
+            values, _ = small._read(item, m, small.frame(item))
+            assert torch.allclose(probe.x0[2 * k + m], latents_by_hand(pipeline, values[None])[0], atol=1e-5)
+    if isinstance(small.path, VariancePreserving):
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)  # what PixArt's script trains with
+        noisy, target = scheduler.add_noise(probe.x0, probe.noise, probe.t), probe.noise
+    else:
+        t = probe.t[:, None, None, None]
+        noisy, target = (1 - t) * probe.x0 + t * probe.noise, probe.noise - probe.x0
+    prompts = [item.prompt for item in items for _ in item.media]
+    output = BY_HAND[PLAIN.get(family, family)](pipeline, noisy, probe.t, prompts)
+    assert output.shape == probe.x0.shape
+    by_hand = -0.5 * (target - output).square().flatten(1).mean(1)
+    assert torch.allclose(probe.logp(small.predict(probe, "policy")), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", GENERATES, indirect=True)
+def test_generation_is_the_plain_pipelines_whatever_the_batch(family, small, settings, folders):
+    pictures = small.generate(["a fox", "red"], seeds=[3, 4], **settings)
+    alone = small.generate(["red"], seeds=[4], **settings)
+    assert np.abs(np.asarray(pictures[1], int) - np.asarray(alone[0], int)).max() <= 1
+    noise = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = plain(folders(family))(prompt=["a fox", "red"], generator=noise, **settings).images
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", GENERATES, indirect=True)
+def test_plain_diffusers_reads_the_lora(family, small, settings, folders, tmp_path):
+    base = small.generate(["a red fox"], seeds=[1], **settings)[0]
+    add_lora(small).save(tmp_path)
+    ours = small.generate(["a red fox"], seeds=[1], **settings)[0]
+    assert not np.array_equal(ours, base)
+    pipeline = plain(folders(family))
+    if hasattr(pipeline, "load_lora_weights"):
+        assert (tmp_path / LORA_FILE).is_file()
+        pipeline.load_lora_weights(tmp_path)
+    else:
+        assert (tmp_path / ADAPTER_FILE).is_file()
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, tmp_path)
+    noise = [torch.Generator().manual_seed(1)]
+    assert np.array_equal(ours, pipeline(prompt=["a red fox"], generator=noise, **settings).images[0])
+    again = mmalign.load(folders(family), lora=tmp_path)
+    assert again.network.peft_config["policy"].lora_alpha == 6
+    assert np.array_equal(ours, again.generate(["a red fox"], seeds=[1], **settings)[0])
+    with WeightViews(again)("reference"):
+        assert np.array_equal(base, again.generate(["a red fox"], seeds=[1], **settings)[0])
+
+
+def test_buckets_keep_the_aspect_and_the_networks_sizes(small, items):
+    small.resolution = 16 * small.pipeline.vae_scale_factor
+    small.aspect_buckets = True
+    tall = replace(items[0], media=tuple(picture.resize((40, 80)) for picture in items[0].media))
+    probe = probe_of(small, [tall])
+    assert probe.x0.shape[-2:] == (24 // small.folded, 8 // small.folded)
+    assert small.predict(probe, "policy").shape == probe.x0.shape
+    assert not torch.allclose(  # the network is told where a token stands
+        small.predict(probe, "policy"),
+        small.predict(replace(probe, x_t=probe.x_t.mT, cond=probe.cond), "policy").mT,
+        atol=1e-4,
+    )
+
+
+def test_training_from_a_cache_starts_at_ln_2(family, small, folders, recipe, items, tmp_path):
+    """No VAE and no text encoder are there; the reference's first answers are the policy's."""
+    write_comparisons(tmp_path / "data", items)
+    run = replace(
+        recipe,
+        pretrained_model_name_or_path=str(folders(family)),
+        dataset_name=str(tmp_path / "data"),
+        cache_dir=str(tmp_path / "cache"),
+        resolution=small.resolution,
+    )
+    output = train(run, say=lambda line: None)
+    losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-6)
+    assert losses[1] != losses[0]
+
+
+def test_the_plan_counts_each_familys_activations_and_checkpointing_leaves_the_gradient(
+    family, small, folders, recipe, items
+):
+    run = replace(recipe, pretrained_model_name_or_path=str(folders(family)), resolution=small.resolution)
+    trained, planned = memory.measured(mmalign.skeleton(folders(family)), run, samples=2, dtype=torch.float32)
+    probe = probe_of(small, items[:1])
+    gradients = []
+    for checkpointing in (False, True):
+        modality = mmalign.load(folders(family))
+        prepare_policy(modality, replace(run, gradient_checkpointing=checkpointing))
+        with memory.Saved(modality.network) as kept:
+            logp = probe.logp(modality.predict(probe, "policy"))
+        if not checkpointing:
+            assert planned == pytest.approx(kept.bytes, rel=0.15)
+        logp.sum().backward()
+        parameters = [p for p in modality.network.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        assert trained == sum(p.numel() for p in parameters)
+    assert gradients[0].norm() > 0
+    assert torch.allclose(*gradients, atol=1e-6)
+    assert memory.plan(run, torch.float32).parts["encoding beyond them"] >= 0
+
+
+@pytest.mark.parametrize("family", ["SD3", "FLUX.1"], indirect=True)
+def test_official_flow_dpo(family, small, monkeypatch):
+    """What the network says is the published code's velocity, brought into its own layout; the loss is that code's."""
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "flow_dpo.npz").items()}
+    cond = Cond({"prompt_embeds": torch.zeros(8, 3, 24), "pooled_prompt_embeds": torch.zeros(8, 8)})
+    t = torch.full((8,), 0.3)
+    probe = NoisedProbe(small.path, arrays["in_model_input"], t, arrays["in_noise"], cond)
+    logp = {}
+    for view, name in {"policy": "in_model_pred", "reference": "in_model_pred_ref"}.items():
+        said = arrays[name] if family == "SD3" else FluxPipeline._pack_latents(arrays[name], 8, 4, 8, 8)
+        monkeypatch.setattr(small.network, "forward", lambda said=said, **named: (said,))
+        logp[view] = probe.logp(small.predict(probe, view))
+    loss = DiffusionDPO(beta=100)(Likelihood(logp), PAIRS).mean()
+    assert loss.item() == pytest.approx(arrays["out_loss"].item(), rel=1e-5)
+
+
+def test_a_dynamic_shift_is_not_in_the_training_times(folders):
+    """As in the published scripts, whose `scheduler.timesteps` are then unshifted; schnell's shift is 1 anyway."""
+    assert mmalign.load(folders("FLUX.1")).path == RectifiedFlow(density="logit-normal", shift=1.0)
+    times = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).timesteps
+    assert torch.allclose(times, torch.arange(1000, 0, -1.0))
+
+
+def test_pixart_generates_at_a_trained_size_and_brings_it_to_the_asked(folders):
+    settings = {"num_inference_steps": 1, "height": 136, "width": 200}
+    ours = mmalign.load(folders("PixArt-Sigma")).generate(["red"], seeds=[1], **settings)[0]
+    noise = [torch.Generator().manual_seed(1)]
+    theirs = plain(folders("PixArt-Sigma"))(prompt=["red"], generator=noise, **settings).images[0]
+    assert ours.size == (200, 136)
+    assert np.array_equal(ours, theirs)
