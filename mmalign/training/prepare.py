@@ -106,6 +106,10 @@ def checkpoint_blocks(network: Any, function: Any = None, every: int = 1) -> Non
 
     def nth(block: Any, *inputs: Any) -> Any:
         layer = block.args[0] if isinstance(block, partial) else block  # transformers hands over its bound forward
+        if type(layer).__name__ == "Transformer2DModel" and len(inputs) == 7:
+            # AudioLDM2's blocks leave out added_cond_kwargs (diffusers 0.42.1, modeling_audioldm2.py:1059), so that
+            # the text's mask would become the sound's
+            inputs = (*inputs[:3], None, *inputs[3:])
         return function(block, *inputs) if places.setdefault(layer, len(places)) % every == 0 else block(*inputs)
 
     if hasattr(network, "enable_gradient_checkpointing"):
