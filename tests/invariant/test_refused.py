@@ -33,7 +33,7 @@ def train(tmp_path, tiny_sdxl, capsys):
 LABELS, SCORES = [(1.0, 0.0)] * 4, [(0.7, 0.2), (0.1, 0.4), (0.9, 0.3), (0.5, 0.6)]
 
 
-@pytest.mark.parametrize("method", ["SmPO", "RankDPO"])
+@pytest.mark.parametrize("method", ["SmPO", "RankDPO", "MMDPO"])
 def test_labels_where_scores_are_needed(train, method):
     said = train(LABELS, "--objective", method, "--objective.beta", "100")
     assert f"{method} cannot be trained" in said
@@ -76,7 +76,7 @@ def test_every_method_trains_by_one_flag(tmp_path, tiny_sdxl, capsys):
     ]
     write_comparisons(tmp_path / "data", rows)
     file = tmp_path / "mine.py"
-    for method in ("MaPO", "InPO", "SmPO", "RankDPO"):
+    for method in ("MaPO", "InPO", "SmPO", "RankDPO", "MMDPO"):
         output = str(tmp_path / method)
         file.write_text(RECIPE.format(model=str(tiny_sdxl), data=str(tmp_path / "data"), output=output))
         beta = [] if method == "MaPO" else ["--objective.beta", "100"]

@@ -12,6 +12,7 @@ from mmalign.records import Comparison, Text, UserError
 from mmalign.surrogate import Cond, TokenProbe
 from tests.conftest import picture
 from tests.tiny import tiny_vlm
+from tests.tiny_vlm import FAMILIES
 
 D = 3
 
@@ -177,3 +178,28 @@ def test_an_answer_is_continued_and_stops_where_it_is_told_to(modality, item):
     assert cut == whole[: whole.index(whole[6], 4) + 1]
     with pytest.raises(UserError, match=r"special token <\|im_end\|>"):
         modality.generate(["Hm"], starts=["no<|im_end|>"], **settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_hears_users_and_hides_tokens(name, tmp_path, item):
+    modality = mmalign.load(FAMILIES[name](tmp_path), dtype=torch.float64)
+    base = asked(modality, item)
+    encoded = [modality.encode([replace(item, condition=(picture(n, (56, 56)),))]) for n in range(2)]
+
+    def logits(one, share):
+        off = modality._picture_tokens(one.x0[0], lambda count: [share] * count)
+        assert off.sum() > 0 or not share
+        with torch.no_grad(), hiding(modality.network, off):
+            return modality.network(**modality._inputs(one.x0, one.cond)).logits[:, -3:]
+
+    if name == "Gemma 3":  # its layers see pictures whole, by masks that the model makes itself
+        with pytest.raises(UserError, match="attention masks in which no token can be hidden"):
+            logits(encoded[0], True)
+    else:
+        assert torch.equal(*(logits(one, True) for one in encoded))
+        assert not torch.equal(*(logits(one, False) for one in encoded))
+    if name != "Gemma 3":  # the tiny one's two layers look 16 tokens back, and so not to the first ones
+        assert not torch.isclose(asked(personal(modality), item, torch.randn(1, D)), base).any()
+    else:
+        personal(modality)
+    assert torch.equal(asked(modality, item, torch.zeros(1, D)), base)
