@@ -334,7 +334,7 @@ SETTINGS: dict[str, dict] = {
     "PixArt-Sigma": _QUICK,
     "FLUX.2 klein": _SMALL,
     "Qwen-Image": _SMALL,
-    "Sana": _QUICK,
+    "Sana": {**_QUICK, "height": 512, "width": 512},  # the pipeline would enlarge them to 1024
     "Z-Image": _SMALL,
 }
 

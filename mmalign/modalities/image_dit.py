@@ -266,6 +266,7 @@ class QwenImageModality(PackedModality):
     """Qwen-Image (arXiv 2508.02324): Qwen2.5-VL reads a prompt; a video's VAE, of which a picture is one frame."""
 
     targets = ("to_k", "to_out.0", "to_q", "to_v")  # diffusers' train_dreambooth_lora_qwen_image.py (58eb52c)
+    guidance = "true_cfg_scale"  # without a negative prompt it does not guide
     ragged = frozenset({"prompt_embeds"})
 
     def _posterior(self, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ Shapes: N samples; latents [N, C, ...], whose further dimensions are the medium'
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -195,11 +196,16 @@ class LatentModality(Holder):
             progress: is told how many media a batch has finished.
 
         Raises:
+            UserError: the pipeline takes no such setting.
             ValueError: lengths differ.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed a prompt")
         given = {name: value for name, value in settings.items() if value is not None}
+        known = inspect.signature(self.pipeline.__call__).parameters
+        for name in (*given, *([] if negative_prompt is None else ["negative_prompt"])):
+            if name not in known:
+                raise UserError(f"{name}: {self.source or 'this model'} takes none; leave it out.")
         whose = None if user is None else user.to(self.device).expand(len(prompts), -1)
         training = self.network.training
         self.network.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ class LatentImageModality(LatentModality):
     """A diffusers pipeline with an AutoencoderKL as the trainer sees it; the base of the families.
 
     Attributes:
+        guidance: what its pipeline calls the scale of guidance.
         resolution: side of the training pictures in pixels.
         aspect_buckets: train on the nearest of several aspects, of about `resolution` squared pixels each.
     """
 
     medium = "picture"
+    guidance: ClassVar[str] = "guidance_scale"
 
     def __init__(self, pipeline: Any, source: str = "") -> None:
         super().__init__(pipeline, source)
@@ -88,7 +90,7 @@ class LatentImageModality(LatentModality):
         """Pictures, one a prompt; the arguments are those of `LatentModality._generated`, None the pipeline's own."""
         settings = {
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            self.guidance: guidance_scale,
             "height": height,
             "width": width,
         }

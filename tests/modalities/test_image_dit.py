@@ -491,6 +491,7 @@ def test_buckets_keep_the_aspect_and_the_networks_sizes(small, items):
     )
 
 
+@pytest.mark.parametrize("family", tiny_dit.FAMILIES, indirect=True)
 def test_training_from_a_cache_starts_at_ln_2(family, small, folders, recipe, items, tmp_path):
     """No VAE and no text encoder are there; the reference's first answers are the policy's."""
     write_comparisons(tmp_path / "data", items)
@@ -513,6 +514,9 @@ def test_the_plan_counts_each_familys_activations_and_checkpointing_leaves_the_g
     run = replace(recipe, pretrained_model_name_or_path=str(folders(family)), resolution=small.resolution)
     trained, planned = memory.measured(mmalign.skeleton(folders(family)), run, samples=2, dtype=torch.float32)
     probe = probe_of(small, items[:1])
+    if small.ragged:  # planned for the longest prompts
+        longest = small.shapes(small.network.config)["prompt_embeds"]
+        probe = replace(probe, cond=Cond({"prompt_embeds": list(torch.randn(2, *longest))}))
     gradients = []
     for checkpointing in (False, True):
         modality = mmalign.load(folders(family))
@@ -528,6 +532,17 @@ def test_the_plan_counts_each_familys_activations_and_checkpointing_leaves_the_g
     assert gradients[0].norm() > 0
     assert torch.allclose(*gradients, atol=1e-6)
     assert memory.plan(run, torch.float32).parts["encoding beyond them"] >= 0
+
+
+@torch.no_grad()
+def test_an_attention_backend_finds_its_place(small, items):
+    probe = probe_of(small, items[:1])
+    before = small.predict(probe, "policy")
+    example = mmalign.skeleton(small.source).example
+    assert small.use_attention("math", lambda: example(1, small.resolution, torch.float32, None)).startswith(
+        "Attention: math, equal to math"
+    )
+    assert torch.allclose(small.predict(probe, "policy"), before, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["SD3", "FLUX.1"], indirect=True)
@@ -560,3 +575,19 @@ def test_pixart_generates_at_a_trained_size_and_brings_it_to_the_asked(folders):
     theirs = plain(folders("PixArt-Sigma"))(prompt=["red"], generator=noise, **settings).images[0]
     assert ours.size == (200, 136)
     assert np.array_equal(ours, theirs)
+
+
+def test_a_setting_that_the_pipeline_does_not_take_is_said(folders):
+    modality = mmalign.load(folders("FLUX.2 klein"))
+    with pytest.raises(UserError, match=r"negative_prompt: .* takes none"):
+        modality.generate(["red"], seeds=[1], negative_prompt="blue")
+
+
+def test_qwen_image_is_guided_by_its_own_word_for_it(folders):
+    modality, settings = mmalign.load(folders("Qwen-Image")), tiny_dit.SETTINGS["Qwen-Image"]
+    ours = modality.generate(["red"], seeds=[1], guidance_scale=7.0, negative_prompt="blue", **settings)[0]
+    noise = [torch.Generator().manual_seed(1)]
+    guided = {"true_cfg_scale": 7.0, "negative_prompt": ["blue"]}
+    theirs = plain(folders("Qwen-Image"))(prompt=["red"], generator=noise, **guided, **settings).images[0]
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours, modality.generate(["red"], seeds=[1], **settings)[0])
