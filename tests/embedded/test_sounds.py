@@ -1,0 +1,89 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mmalign.embedded import listen, sounds
+
+
+def rendered(pieces):
+    return torch.from_numpy(np.stack([sounds.render(piece) for piece in pieces]))
+
+
+def test_held_out_combinations_are_disjoint_from_all_training():
+    parts = {name: set(sounds.combinations(name)) for name in sounds.SPLITS}
+    for a, b in itertools.combinations(("train", "development", "test"), 2):
+        assert not parts[a] & parts[b], (a, b)
+    assert parts["pairs"] < parts["train"]
+    assert len(parts["train"] | parts["development"] | parts["test"]) == 8 + 28 + 56
+    for name in ("pairs", "development", "test"):
+        counts = [sum(kind in kinds for kinds in parts[name]) for kind in sounds.KINDS]
+        assert len(set(counts)) == 1, name
+
+
+def test_prompts_are_disjoint_and_say_their_events():
+    parts = {name: sounds.prompts(name) for name in sounds.SPLITS}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 2064, "pairs": 832, "development": 448, "test": 416,
+    }  # fmt: skip
+    assert not set(parts["train"]) & set(parts["test"]) | set(parts["train"]) & set(parts["development"])
+    for prompt in itertools.chain(*parts.values()):
+        assert sounds.caption(sounds.events(prompt)) == prompt
+    assert sounds.caption((("high", "beep"), ("two", "clicks"))) == "a high beep, then two clicks"
+
+
+def test_sounds_repeat_and_all_of_a_piece_matters():
+    piece = sounds.Piece((("high", "beep"), ("low", "hiss")), (2, 18), (12, 13), (0.8, 0.6), 3)
+    wave = sounds.render(piece)
+    assert wave.shape == (sounds.CELLS * sounds.GRID,)
+    assert wave.dtype == np.float32
+    assert np.array_equal(wave, sounds.render(piece))
+    for other in ({"seed": 4}, {"starts": (3, 18)}, {"lengths": (12, 14)}, {"loudness": (0.8, 0.7)}):
+        assert not np.array_equal(wave, sounds.render(sounds.Piece(**{**vars(piece), **other}))), other
+    every = sounds.random_pieces(200, 5, "development")
+    assert every == sounds.random_pieces(200, 5, "development")
+    assert {frozenset(kind for _, kind in p.events) for p in every} <= set(sounds.combinations("development"))
+    assert max(p.starts[-1] + p.lengths[-1] for p in every) <= sounds.CELLS
+    assert np.abs(rendered(every)).max() <= 1
+
+
+@pytest.mark.parametrize("hear", [listen.template_events, listen.network_events])
+def test_a_judge_hears_what_was_rendered(hear):
+    pieces = sounds.random_pieces(60, 6, "development")
+    right = [found == piece.events for found, piece in zip(hear(rendered(pieces)), pieces, strict=True)]
+    assert np.mean(right) > 0.95
+
+
+@pytest.mark.parametrize("score", [listen.template_scores, listen.network_scores])
+def test_a_judge_prefers_the_right_events_in_the_right_order(score):
+    wanted = (("high", "beep"), ("low", "buzz"), ("two", "clicks"))
+    others = {
+        "exchanged": (("low", "buzz"), ("high", "beep"), ("two", "clicks")),
+        "left out": (("high", "beep"), ("two", "clicks")),
+        "another": (("high", "beep"), ("low", "bell"), ("two", "clicks")),
+        "variant": (("high", "beep"), ("low", "buzz"), ("three", "clicks")),
+        "one too many": (*wanted[:2], ("low", "drop"), ("two", "clicks")),
+    }
+    rng = np.random.RandomState(0)
+    waves = rendered([sounds.random_piece(rng, sequence) for sequence in (wanted, *others.values())])
+    scores = score(waves, [sounds.caption(wanted)] * len(waves))
+    for name, value in zip(others, scores[1:], strict=True):
+        assert value < scores[0] - 0.02, name
+    assert torch.allclose(score(waves[2:3], [sounds.caption(wanted)]), scores[2:3], atol=1e-4)
+
+
+def test_silence_and_noise_hold_no_events():
+    noise = 0.003 * torch.randn(2, sounds.CELLS * sounds.GRID, generator=torch.Generator().manual_seed(0))
+    noise[1] = 0
+    assert listen.template_events(noise) == [(), ()]
+    assert listen.network_events(noise) == [(), ()]
+    assert (listen.template_scores(noise, ["a low beep", "a low beep"]) < 0.2).all()
+
+
+def test_in_order_is_the_longest_common_subsequence():
+    a, b, c = sounds.EVENTS[:3]
+    assert listen.in_order((a, b, c), (a, b, c)) == 3
+    assert listen.in_order((c, a, b), (a, b, c)) == 2
+    assert listen.in_order((c, b, a), (a, b, c)) == 1
+    assert listen.in_order((), (a, b, c)) == 0
