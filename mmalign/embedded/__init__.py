@@ -3,11 +3,12 @@
 from pathlib import Path
 
 SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0}  # chosen on development prompts
+AUDIO_SAMPLING = {"num_inference_steps": 16, "guidance_scale": 2.5}  # chosen on development prompts
 VLM_SAMPLING = {"max_new_tokens": 24, "temperature": 1.0}  # the distribution that was trained, and is aligned
 
 
 def path(model: str = "t2i") -> Path:
-    """The folder of an embedded model: "t2i", a StableDiffusionXLPipeline, or "vlm", a Qwen2-VL."""
+    """The folder of a model: "t2i" (StableDiffusionXLPipeline), "t2a" (StableAudioPipeline), "vlm" (Qwen2-VL)."""
     return Path(__file__).parent / model
 
 

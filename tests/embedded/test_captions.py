@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from numpy.random import RandomState
+from PIL import Image
 
+import mmalign
+from mmalign import embedded
 from mmalign.embedded import captions, scenes
 from mmalign.embedded.scenes import Scene, caption
 
@@ -55,3 +59,45 @@ def test_facts_are_wrong_at_the_rate_asked_for_and_wrong_values_are_equally_like
     sizes = [scene.size for scene in drawn]
     assert sizes.count("") == pytest.approx(sizes.count("large"), rel=0.15)
     assert captions.corrupted(FOX, 0, rng) == FOX
+
+
+@pytest.fixture(scope="module")
+def modality():
+    return mmalign.load(embedded.path("vlm"), dtype=torch.float32)
+
+
+def asked(modality, shown, **settings):
+    """The model's answers to the question about scenes."""
+    pictures = [(Image.fromarray(scenes.render(scene)),) for scene in shown]
+    sampling = {**embedded.VLM_SAMPLING, **settings}
+    return modality.generate([captions.QUESTION] * len(shown), seeds=range(len(shown)), images=pictures, **sampling)
+
+
+def test_the_folder_is_small_and_loads_in_float32_with_a_token_for_every_word():
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = embedded.path("vlm")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+    network = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+    assert network.dtype == torch.float32
+    tokenizer = AutoProcessor.from_pretrained(folder, local_files_only=True).tokenizer
+    for text in scenes.prompts("test")[::10]:
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.split())
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer("naïve Füchse?").input_ids) == "naïve Füchse?"
+
+
+def test_it_sees_what_is_in_pictures_never_trained_on_and_often_says_something_else(modality):
+    shown = captions.described("development")[:32]
+    likeliest, sampled = asked(modality, shown, temperature=0), asked(modality, shown)
+    assert sampled[:2] == asked(modality, shown[:2])
+    scores = [np.mean([captions.score(*row) for row in zip(said, shown, strict=True)]) for said in (likeliest, sampled)]
+    assert scores[0] > 0.5  # 0.66 on all of them
+    assert -0.3 < scores[1] < 0.2  # -0.04
+
+
+def test_its_card_says_what_it_is():
+    card = (embedded.path("vlm") / "README.md").read_text()
+    assert "MIT" in card
+    assert "{" not in card
