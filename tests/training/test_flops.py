@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,12 @@ def test_the_cost_grows_linearly_with_a_lists_length(tiny_sdxl, members):
     assert listed == {name: count if name == "text" else count * members // 2 for name, count in pair.items()}
 
 
-def test_convolutions_grow_with_the_latents_and_attention_faster(tiny_sdxl):
-    small, large = (sum(flops.operations(recipe(tiny_sdxl, resolution=side)).values()) for side in (16, 32))
-    assert 3 < large / small < 16
+def test_the_cost_is_a_quadratic_of_the_resolutions_tokens(tiny_sdxl):
+    """A part for the text and the sizes, one a token (convolutions, projections), one a pair of tokens (attention)."""
+    tokens, costs = zip(
+        *[(side**2, sum(flops.operations(recipe(tiny_sdxl, resolution=side)).values())) for side in (16, 32, 48, 64)],
+        strict=True,
+    )
+    quadratic = np.polyfit(tokens[:3], costs[:3], 2)
+    assert (quadratic > 0).all()
+    assert np.polyval(quadratic, tokens[3]) == pytest.approx(costs[3], rel=1e-9)
