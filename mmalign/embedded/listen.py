@@ -155,6 +155,13 @@ def network_events(waves: Tensor) -> list[tuple[Event, ...]]:
     return [tuple(EVENTS[label - 1] for label in row if label) for row in best]
 
 
+def events_in_order(waves: Tensor, prompts: list[str]) -> Tensor:
+    """[N] share of the prompt's events that the second judge hears in their order."""
+    asked = [events(prompt) for prompt in prompts]
+    heard = network_events(waves)
+    return torch.tensor([in_order(*pair) / len(pair[1]) for pair in zip(heard, asked, strict=True)])
+
+
 def in_order(heard: tuple[Event, ...], asked: tuple[Event, ...]) -> int:
     """How many of the asked events were heard in their order: the longest common subsequence."""
     best = [0] * (len(heard) + 1)
