@@ -4,7 +4,7 @@
     python benchmarks/align_embedded_vlm.py test --output DIR --seeds 0 1 2     # seeds can be shared out to processes
     python benchmarks/align_embedded_vlm.py table --output DIR
 
-Two answers of the model to each of 320 pictures, the one with more right facts chosen (`captions.score`), no ties.
+Pairs are the best and the worst of four answers of the model to each of 320 pictures, by facts (`captions.score`).
 `embedded-clip`, made before and for other things, judges picture and answer without reading facts; `exact` says whether
 an answer is the picture's caption word for word. Pictures of pairs, development and test share no combination of object
 and ground, and no training saw development or test ones. Base and aligned answer the same pictures with the same seeds.
@@ -18,15 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import make_embedded_vlm
 import numpy as np
+import torch
 from align_embedded import trained
 from PIL import Image
 
 import mmalign
 from mmalign.commands import quiet_libraries
-from mmalign.console import stage
-from mmalign.data.label import comparison
-from mmalign.embedded import VLM_SAMPLING, captions, scenes
+from mmalign.data.label import comparison, extremes, margin
+from mmalign.embedded import captions, scenes
 from mmalign.evaluation.compare import Result, pool
 from mmalign.objectives import SFT
 from mmalign.quickstart import spread
@@ -36,31 +37,28 @@ from mmalign.storage import read_json, write_json
 from mmalign.training.loop import versions
 from mmalign.training.views import WeightViews
 
-PAIR_PICTURES, DEVELOPMENT_PICTURES, TEST_PICTURES = 320, 120, 400
+PAIR_PICTURES, CANDIDATES, DEVELOPMENT_PICTURES, TEST_PICTURES = 320, 4, 200, 400
 
 
-def answers(modality: Any, shown: Sequence[scenes.Scene], seeds: Sequence[int], title: str = "Answers") -> list[Text]:
-    """The model's answer to the question about every scene."""
-    pictures = [(Image.fromarray(scenes.render(scene)),) for scene in shown]
-    with stage(title, len(shown)) as advance:
-        asked = [captions.QUESTION] * len(shown)
-        return modality.generate(asked, seeds=seeds, images=pictures, progress=advance, **VLM_SAMPLING)
+def answers(modality: Any, shown: Sequence[scenes.Scene], seed: int) -> list[Text]:
+    """Answers at temperature 1 in batches: as `modality.generate` draws them, but with one seed for all."""
+    return list(map(Text, make_embedded_vlm.answers(modality.unwrapped, modality.processor, list(shown), seed)))
 
 
 def make_pairs(modality: Any, count: int, seed: int, split: str = "pairs") -> tuple[list[Comparison], dict[str, int]]:
-    """Two answers to each of `count` pictures of a split, the better one first; without those that score alike."""
+    """The best and the worst of some answers to each of `count` pictures of a split, if they do not score alike."""
     shown = spread(captions.described(split), count, seed)
-    seeds = [1_000_000 * (seed + 1) + i for i in range(2 * count)]
-    said = answers(modality, [scene for scene in shown for _ in range(2)], seeds, "Candidates")
+    said = answers(modality, [scene for scene in shown for _ in range(CANDIDATES)], 1_000_000 * (seed + 1))
     pairs = []
     for n, scene in enumerate(shown):
-        rows = sorted((2 * n, 2 * n + 1), key=lambda row: -captions.score(said[row], scene))
-        scores = [captions.score(said[row], scene) for row in rows]
-        if scores[0] > scores[1]:
-            sources = [f"{split} seed {seeds[row]}" for row in rows]
+        mine = said[n * CANDIDATES : (n + 1) * CANDIDATES]
+        scores = [captions.score(answer, scene) for answer in mine]
+        places = extremes(scores)
+        if margin(scores) > 0:
+            both = [mine[place] for place in places], [scores[place] for place in places]
+            sources = [f"{split} seed {seed} picture {n} answer {place}" for place in places]
             picture = Image.fromarray(scenes.render(scene))
-            asked = captions.QUESTION
-            pairs.append(comparison(asked, [said[row] for row in rows], scores, sources, condition=(picture,)))
+            pairs.append(comparison(captions.QUESTION, *both, sources, condition=(picture,)))
     return pairs, {"pictures": count, "ties": count - len(pairs), "kept": len(pairs)}
 
 
@@ -95,13 +93,13 @@ class Judge:
     """The base's answers to pictures of a split, made once, and the comparison of others with them."""
 
     def __init__(self, split: str, count: int, model: str):
-        self.shown, self.seeds = captions.described(split)[:count], range(count)
-        self.base = answers(mmalign.load(model), self.shown, self.seeds, "Base answers")
+        self.shown = captions.described(split)[:count]
+        self.base = answers(mmalign.load(model), self.shown, seed=0)
 
     def __call__(self, modality: Any) -> Result:
         """What the judges say of the policy."""
         with WeightViews(modality)("policy"):
-            return judged(self.shown, self.base, answers(modality, self.shown, self.seeds, "Aligned answers"))
+            return judged(self.shown, self.base, answers(modality, self.shown, seed=0))
 
 
 def develop(arguments, run) -> None:
@@ -122,36 +120,33 @@ def develop(arguments, run) -> None:
 
 
 def test(arguments, run) -> None:
-    """The recipe as it stands and SFT beside it, over seeds; the test pictures are looked at here alone."""
+    """The recipe as it stands, or SFT on the chosen answers, over seeds; the test pictures are looked at here alone."""
     judge = Judge("test", TEST_PICTURES, run.pretrained_model_name_or_path)
     for seed in arguments.seeds:
         pairs, counts = make_pairs(mmalign.load(run.pretrained_model_name_or_path), PAIR_PICTURES, seed)
-        record = {"pairs": counts, "run": run.resolved(), "versions": versions()}
-        for name, objective in (("DPO", run.objective), ("SFT", SFT())):
-            folder = arguments.output / f"run-{seed}"
-            modality, seconds = trained(replace(run, objective=objective, seed=seed), pairs, folder)
+        for name in arguments.methods:
+            aligned = replace(run, objective=run.objective if name == "DPO" else SFT(), seed=seed)
+            modality, seconds = trained(aligned, pairs, arguments.output / f"run-{seed}")
             result = judge(modality)
-            record[name] = {"seconds": seconds, **json.loads(result.to_json())}
             print("\n".join(rows(f"{name}, seed {seed}", result)), flush=True)
-        write_json(arguments.output / f"seed-{seed}.json", record)
+            record = {"pairs": counts, "seconds": seconds, "run": aligned.resolved(), "versions": versions()}
+            write_json(arguments.output / f"{name}-{seed}.json", {**record, **json.loads(result.to_json())})
 
 
 def table(arguments, run) -> None:
     """Every seed that `test` wrote, and all of them pooled with a bootstrap over pictures."""
-    records = {int(f.stem.split("-")[1]): read_json(f) for f in sorted(arguments.output.glob("seed-*.json"))}
-    lines = [HEADER]
-    for name in ("DPO", "SFT"):
-        results = [
-            Result(
-                tuple(record[name]["prompts"]),
-                {n: {side: np.array(v) for side, v in sides.items()} for n, sides in record[name]["scores"].items()},
-            )
-            for record in records.values()
-        ]
-        for seed, result in zip(records, results, strict=True):
-            lines += rows(f"{name}, seed {seed}", result)
-        lines += rows(f"**{name}, pooled**", pool(results))
-    print("\n".join(lines))
+    print(HEADER)
+    for name in arguments.methods:
+        files = sorted(arguments.output.glob(f"{name}-*.json"))
+        results = [_result(read_json(file)) for file in files]
+        for file, result in zip(files, results, strict=True):
+            print("\n".join(rows(file.stem.replace("-", ", seed "), result)))
+        print("\n".join(rows(f"**{name}, pooled**", pool(results))))
+
+
+def _result(record: dict[str, Any]) -> Result:
+    scores = {n: {side: np.array(v) for side, v in sides.items()} for n, sides in record["scores"].items()}
+    return Result(tuple(record["prompts"]), scores)
 
 
 def main() -> None:
@@ -160,12 +155,14 @@ def main() -> None:
     parser.add_argument("stage", choices=["develop", "test", "table"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=["DPO", "SFT"], choices=["DPO", "SFT"])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.1], help="0 means SFT")
     parser.add_argument("--steps", type=int, nargs="+", default=[60])
     parser.add_argument("--model", help="another base than the embedded one")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     quiet_libraries()
     run = load_recipe("embedded_vlm_dpo")
     if arguments.model:
