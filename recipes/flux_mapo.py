@@ -1,4 +1,4 @@
-"""MaPO on FLUX.1 dev with a LoRA, for one card of 80 GB. The encoders run once, before training.
+"""MaPO on FLUX.1 dev with a LoRA, for one card of 48 GB: the memory plan counts 26 GiB, as the encoders run before training.
 
     mmalign train flux_mapo --dataset-name DATA --output-dir flux-mapo
 

@@ -78,8 +78,9 @@ def skeleton(source: str | Path) -> Skeleton:
     kind = KINDS[class_name(source)]
     parts = on_meta(makers(source), kind.part)
     scale = pixels_per_latent(parts["vae"]) * kind.folded
-    example, media = (partial(made, parts["network"].config, scale) for made in (kind.example, kind.media))
-    return Skeleton(parts, example, kind.targets, frozen(model_index(source), kind.part), media)
+    given = parts["network"].config, scale
+    without = frozen(model_index(source), kind.part)
+    return Skeleton(parts, partial(kind.example, *given), kind.targets, without, partial(kind.media, *given))
 
 
 class SD3Modality(TransformerModality):
@@ -158,8 +159,8 @@ class FluxModality(PackedModality):
 
 def places(latents: Tensor) -> Tensor:
     """[H/2 W/2, 3]: 0, row and column of each token."""
-    rows, columns = (torch.arange(side // 2) for side in latents.shape[-2:])
-    return torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), rows, columns).to(latents)
+    counts = (torch.arange(n, device=latents.device) for n in (1, latents.shape[-2] // 2, latents.shape[-1] // 2))
+    return torch.cartesian_prod(*counts).to(latents)
 
 
 class PixArtModality(BinnedModality):
@@ -186,9 +187,8 @@ class PixArtModality(BinnedModality):
     @staticmethod
     def named(config: Any, scale: int, latents: Tensor, t: Tensor, cond: Mapping[str, Any]) -> dict[str, Any]:
         """Alpha for 1024 pixels is told the picture's height and width, and their ratio, as its pipeline tells it."""
-        asked = (
-            config.sample_size == 128 if config.use_additional_conditions is None else config.use_additional_conditions
-        )
+        asked = config.use_additional_conditions
+        asked = config.sample_size == 128 if asked is None else asked
         size = scale * latents.new_tensor(latents.shape[-2:]).expand(len(latents), 2)
         told = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
         return {
@@ -374,15 +374,16 @@ class Flux2Modality(TransformerModality):
     @staticmethod
     def named(config: Any, scale: int, latents: Tensor, t: Tensor, cond: Mapping[str, Any]) -> dict[str, Any]:
         """Time is t itself; places are (0, row, column, 0) of a picture's tokens, (0, 0, 0, number) of a prompt's."""
-        embeds, one = cond["prompt_embeds"], torch.zeros(1, dtype=torch.int64)
-        rows, columns, words = (torch.arange(n) for n in (*latents.shape[-2:], embeds.shape[1]))
+        embeds = cond["prompt_embeds"]
+        sizes = (1, *latents.shape[-2:], embeds.shape[1])
+        one, rows, columns, words = (torch.arange(n, device=latents.device) for n in sizes)
         return {
             "hidden_states": latents.flatten(2).transpose(1, 2),
             "timestep": t,
             "guidance": None,
             "encoder_hidden_states": embeds,
-            "txt_ids": torch.cartesian_prod(one, one, one, words).to(latents.device),
-            "img_ids": torch.cartesian_prod(one, rows, columns, one).to(latents.device),
+            "txt_ids": torch.cartesian_prod(one, one, one, words),
+            "img_ids": torch.cartesian_prod(one, rows, columns, one),
         }
 
     def _prediction(self, output: Tensor, latents: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class TransformerModality(LatentImageModality):
         return self._prediction(super().predict(probe, view), probe.x_t)
 
     def _arguments(self, latents: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
-        return self.named(self.unwrapped.config, self.pipeline.vae_scale_factor, latents, t, cond)
+        return self.named(self.unwrapped.config, self.pipeline.vae_scale_factor * self.folded, latents, t, cond)
 
     @staticmethod
     def named(config: Any, scale: int, latents: Tensor, t: Tensor, cond: Mapping[str, Any]) -> dict[str, Any]:
