@@ -1,4 +1,4 @@
-"""MaPO on FLUX.1 dev with a LoRA, for one card of 48 GB: the memory plan counts 26 GiB, as the encoders run before training.
+"""MaPO on FLUX.1 dev with a LoRA, for one card of 48 GB: the plan counts 26 GiB, as the encoders run first.
 
     mmalign train flux_mapo --dataset-name DATA --output-dir flux-mapo
 
