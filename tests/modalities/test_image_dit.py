@@ -452,7 +452,8 @@ def test_generation_is_the_plain_pipelines_whatever_the_batch(family, small, set
     assert np.abs(np.asarray(pictures[1], int) - np.asarray(alone[0], int)).max() <= 1
     noise = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = plain(folders(family))(prompt=["a fox", "red"], generator=noise, **settings).images
-    assert all(np.array_equal(a, b) for a, b in zip(pictures, expected, strict=True))
+    apart = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(pictures, expected, strict=True))
+    assert apart <= (family == "Sana")  # two loads of a Sana differ in float32's last place: 7 of 786,432 values by one
 
 
 @pytest.mark.parametrize("family", GENERATES, indirect=True)
