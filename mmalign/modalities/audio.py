@@ -30,7 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.media import make_sound, sound_of
 from mmalign.modalities import Only, Skeleton, class_name
@@ -230,7 +230,7 @@ class AudioLDM2Modality(SoundModality):
 
     It reads a prompt twice: as eight embeddings that GPT-2 makes of CLAP and FLAN-T5, and as FLAN-T5's own. GPT-2
     counts the padding of its input, so that in diffusers' pipeline a sound depends on the other prompts of its batch;
-    here each prompt is read by itself, as the pipeline reads a single one. Its speech models (VITS) are not supported.
+    here each prompt is read by itself, as the pipeline reads a single one.
     """
 
     part = "unet"
@@ -239,6 +239,8 @@ class AudioLDM2Modality(SoundModality):
 
     def __init__(self, pipeline: Any, source: str = "") -> None:
         super().__init__(pipeline, source)
+        if pipeline.text_encoder_2 is not None and pipeline.text_encoder_2.config.model_type == "vits":
+            raise UserError(f"{source}: speaks transcriptions, which no comparison has; take an AudioLDM2 of sounds.")
         scheduler = pipeline.scheduler
         self.path = VariancePreserving(scheduler.alphas_cumprod.clone(), scheduler.config.prediction_type)
 
@@ -308,6 +310,29 @@ class AudioLDM2Modality(SoundModality):
         told |= _joined([[part[1:] for part in one] for one in said], length)
         told |= _joined([[part[:1] for part in one] for one in said], length, "negative_")
         return super()._latents(**told)
+
+    def add_user_layers(self, features: int, tokens: int, seed: int = 0) -> dict[str, nn.Parameter]:
+        """See the base.
+
+        The UNet's blocks hand on what attentions are told only where they checkpoint (diffusers 0.42.1); else it is
+        put into the calls of their transformers here.
+        """
+        from diffusers import Transformer2DModel
+
+        made = super().add_user_layers(features, tokens, seed)
+        told: dict[str, Any] = {}
+
+        def note(network: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            told["cross_attention_kwargs"] = kwargs.get("cross_attention_kwargs")
+
+        def put(block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return None if len(args) > 1 else (args, {**kwargs, **told})  # a checkpoint has them all in args
+
+        self.unwrapped.register_forward_pre_hook(note, with_kwargs=True)
+        for module in self.unwrapped.modules():
+            if isinstance(module, Transformer2DModel):
+                module.register_forward_pre_hook(put, with_kwargs=True)
+        return made
 
     def _waves(self, latents: Tensor) -> Tensor:
         vae, vocoder = self.pipeline.vae, self.pipeline.vocoder
