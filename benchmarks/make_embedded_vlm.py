@@ -85,7 +85,7 @@ def make_network(tokenizer):
     """The model, untrained."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    end, pad, *_ = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     marks = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
     words = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
