@@ -126,7 +126,7 @@ def random_sdxl(folder: Path, width: float, **changes: dict) -> None:
     pipeline.save_pretrained(folder)
 
 
-def measure(run, train) -> dict:
+def measure(run, train, warm_up: int = WARM_UP) -> dict:
     """Seconds and CPU seconds of every timed step, its loss, and the most memory until the last of them was taken."""
     from mmalign.training.memory import peak_bytes
 
@@ -140,15 +140,15 @@ def measure(run, train) -> dict:
         peak = peak_bytes()
 
     train(run, watch=watch, say=lambda line: None)
-    seconds, cpu_seconds = np.diff(ends, axis=0)[WARM_UP - 1 :].T.tolist()
+    seconds, cpu_seconds = np.diff(ends, axis=0)[warm_up - 1 :].T.tolist()
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "gib": peak / 2**30, "losses": losses}
 
 
-def apart(arguments, preset: str, folder: Path, task: str) -> dict:
+def apart(arguments, preset: str, folder: Path, task: str, **environment: str) -> dict:
     """A task of the script that was started, this one or one that imports it, in a process of its own."""
     command = [sys.executable, sys.argv[0], "--preset", preset, "--folder", str(folder), "--task", task]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}
-    done = subprocess.run(command, env=os.environ | hidden, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, env=os.environ | hidden | environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -19,11 +19,13 @@ import tempfile
 import time
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from cache_cost import TIMED, UNITS, WARM_UP, apart, machine, measure, random_pairs, random_sdxl
+from cache_cost import UNITS, apart, machine, measure, random_pairs, random_sdxl
 
+WARM_UP, TIMED = 1, 2  # steps
 PIXELS = {"sdxl-small": 256, "sdxl-1024": 1024, "sd3-medium": 1024, "dit-video": 2112, "tiny": 64}
 
 
@@ -47,12 +49,18 @@ REDUCED = {
     "tiny": reduced([32, 64, 64], [1, 1, 1], [32, 32, 32, 32], (32, 32), num_hidden_layers=1),
 }
 
-CHANGE_NO_COUNT = {"attention", "compile", "channels_last", "train_batch_size"}
+CHANGE_NO_COUNT = {"attention", "compile", "channels_last", "train_batch_size", "mixed_precision"}
+CHANGE_NO_COUNT |= {"fused_backward", "max_grad_norm", "environment", "published"}
+IMPORTED = [f"diffusers.pipelines.{name}.pipeline_{name}" for name in ("stable_diffusion_xl", "stable_diffusion_3")]
+IMPORTED += ["peft", "accelerate", "torch._dynamo"]  # the last comes with an optimizer's first call
 ON_A_GPU = ("efficient", "flash", "cudnn", "xformers")
 LIVE = {"published": False}
 CACHED = LIVE | {"cache_dir": "cache"}
 ALL = CACHED | {"cache_reference": True}
 WHOLE = {"use_lora": False, "optimizer": "adafactor"}
+SMALL = {"gradient_checkpointing": True, "fused_backward": True, "max_grad_norm": 0.0}
+# Else glibc keeps what was freed in pieces that fit nothing; on a GPU it changes nothing
+SMALL["environment"] = {f"MALLOC_{name}_THRESHOLD_": "1000000" for name in ("MMAP", "TRIM")}
 # The first of each kind is the published script's step, which the others of its kind are compared with
 CASES: dict[str, dict[str, dict]] = {
     "LoRA": {
@@ -65,6 +73,8 @@ CASES: dict[str, dict[str, dict]] = {
         "Salesforce's script": WHOLE | {"published": True, "gradient_checkpointing": True},
         "ours, latents and text cached": WHOLE | CACHED,
         "ours, reference cached too": WHOLE | ALL,
+        "ours, small": WHOLE | ALL | SMALL,
+        "ours, a LoRA instead": ALL,
     },
     "sweep (LoRA, all cached)": {
         "as above": ALL,
@@ -77,6 +87,7 @@ CASES: dict[str, dict[str, dict]] = {
         "every second block checkpointed": ALL | {"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
         "channels last": ALL | {"channels_last": True},
         "compiled": ALL | {"compile": True},
+        "bfloat16": ALL | {"mixed_precision": "bf16"},
         **{f"attention {name}": ALL | {"attention": name} for name in ("math", "sdpa", *ON_A_GPU)},
     },
 }
@@ -91,6 +102,7 @@ def run_of(preset: str, folder: Path, case: str):
     settings = {"members": 2, **NAMES[case]}
     members, steps = settings.pop("members"), WARM_UP + TIMED
     del settings["published"]
+    settings.pop("environment", None)
     if "cache_dir" in settings:
         settings["cache_dir"] = str(folder / f"cache{members}")
     size = {"rank": 16 if preset in REDUCED else 64, "resolution": PIXELS[preset]}
@@ -119,6 +131,15 @@ def build(preset: str, folder: Path, task: str = "") -> None:
         settings = {"cache_dir": str(folder / f"cache{members}"), "dataset_name": str(folder / f"data{members}")}
         run = replace(run_of(preset, folder, "LoRA: ours, reference cached too"), **settings)
         caches(run, make_accelerator(run))
+
+
+def build_bfloat16(preset: str, folder: Path, task: str = "") -> None:
+    """The cache of the case in bfloat16, which is one of its own; a process has one precision."""
+    from mmalign.training.loop import caches
+    from mmalign.training.prepare import make_accelerator
+
+    run = run_of(preset, folder, "sweep (LoRA, all cached): bfloat16")
+    caches(run, make_accelerator(run))
 
 
 def random_sd3(folder: Path) -> None:
@@ -192,12 +213,16 @@ def published(run, watch, say) -> None:
 
 
 def measured(preset: str, folder: Path, case: str) -> dict:
-    """What `cache_cost.measure` finds, and the operations a second (and CPU second) of a large matrix product."""
+    """What `cache_cost.measure` finds, the memory before it, and a matrix product's operations a (CPU) second."""
     import torch
 
     from mmalign.training.loop import train
+    from mmalign.training.memory import GIB, peak_bytes
 
-    found = measure(run_of(preset, folder, case), published if NAMES[case]["published"] else train)
+    for name in IMPORTED:
+        import_module(name)
+    empty = peak_bytes() / GIB
+    found = measure(run_of(preset, folder, case), published if NAMES[case]["published"] else train, WARM_UP)
     cuda = torch.cuda.is_available()
     size, kind = (8192, torch.bfloat16) if cuda else (1536, torch.float32)
     matrix, best = torch.randn(size, size, dtype=kind, device="cuda" if cuda else "cpu"), []
@@ -207,7 +232,7 @@ def measured(preset: str, folder: Path, case: str) -> dict:
         if cuda:
             torch.cuda.synchronize()
         best.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-    return found | {"ceiling": [2 * size**3 / max(min(each), 1e-9) for each in zip(*best, strict=True)]}
+    return found | {"empty": empty, "ceiling": [2 * size**3 / max(min(each), 1e-9) for each in zip(*best, strict=True)]}
 
 
 def counts(preset: str, folder: Path, task: str = "") -> dict:
@@ -252,7 +277,8 @@ def compared(found: dict[str, list[dict]], counted: dict[str, dict[str, int]], u
     rows = {}
     for case, several in found.items():
         kind = case.split(": ")[0]
-        base, floor = (f"{kind}: {list(CASES[kind])[place]}" for place in (0, 0 if "sweep" in kind else -1))
+        base = f"{kind}: {next(iter(CASES[kind]))}"
+        floor = f"{'LoRA' if NAMES[case].get('use_lora', True) else 'whole network'}: ours, reference cached too"
         mine, other = ([np.median(one[unit]) / size[name] for one in found[name]] for name in (case, base))
         per = {name: np.median([s for one in several for s in one[name]]) for name in UNITS}
         rows[case] = per | {
@@ -260,6 +286,7 @@ def compared(found: dict[str, list[dict]], counted: dict[str, dict[str, int]], u
             "ratios": np.array([a / b for a, b in zip(other, mine, strict=False)]),
             "counted": each[base] / each[case],
             "gib": np.median([one["gib"] for one in several]),
+            "above": np.median([one["gib"] - one["empty"] for one in several]),
             "utilisation": each[floor] * size[case] / per[unit] / ceiling,
         }
     return rows
@@ -272,9 +299,10 @@ def same_losses(found: dict[str, list[dict]], tolerance: float = 1e-5) -> str:
         SystemExit: the first ones are further apart than `tolerance`.
     """
     words = []
-    for kind in CASES:
-        if "sweep" not in kind and any(name.startswith(kind) for name in found):
-            losses = np.array([one["losses"] for name, all_ in found.items() if name.startswith(kind) for one in all_])
+    for kind, use_lora in (("LoRA", True), ("whole network", False)):
+        alike = [name for name in found if name.startswith(kind) and NAMES[name].get("use_lora", True) == use_lora]
+        if alike:
+            losses = np.array([one["losses"] for name in alike for one in found[name]])
             first, second, last = np.ptp(losses, axis=0)[[0, 1, -1]]
             if not first <= tolerance:
                 raise SystemExit(f"{kind}: the first losses differ by {first:.2g}: the cases do not do the same.")
@@ -282,8 +310,34 @@ def same_losses(found: dict[str, list[dict]], tolerance: float = 1e-5) -> str:
     return f"Losses of the cases differ by at most: {'; '.join(words)}."
 
 
+def kept_losses(found: dict[str, list[dict]]) -> str:
+    """A line on how far each switch of the sweep takes the losses from those of the same steps without it."""
+    swept = {
+        name.split(": ")[1]: several[0]["losses"]
+        for name, several in found.items()
+        if "sweep" in name and not NAMES[name].keys() & {"members", "train_batch_size"}  # other data
+    }
+    base = np.array(swept.pop("as above"))
+    words = [f"{name} {np.abs(base - losses).max():.1g}" for name, losses in swept.items()]
+    return (
+        f"Losses of {len(base)} steps of the sweep differ from those of its first line by at most: {', '.join(words)}."
+    )
+
+
+def aims(rows: dict[str, dict]) -> str:
+    """A line on what was hoped for and what was found."""
+    best = {kind: rows[f"{kind}: ours, reference cached too"] for kind in ("LoRA", "whole network")}
+    reached = [f"{kind} {np.median(row['ratios']) / row['counted']:.0%}" for kind, row in best.items()]
+    small, theirs = (rows[f"whole network: {name}"] for name in ("ours, small", "Salesforce's script"))
+    parts = [f"{small[name] / theirs[name]:.2f} {words}" for name, words in (("above", "above"), ("gib", "with"))]
+    return (
+        f"Aims: with the reference cached, at least 90 % of the ratio by count: {', '.join(reached)}. Our small step's"
+        f" peak memory at most 0.50 of the Salesforce script's: {', '.join(parts)} the empty process."
+    )
+
+
 HEADS = ("kind", "step", "seconds", "CPU seconds", "samples a second", "faster", "by count", "reached")
-HEADS += ("utilisation", "peak GiB")
+HEADS += ("utilisation", "peak GiB", "above empty")
 
 
 def report(arguments, found: dict[str, list[dict]], counted: dict, scaled: dict) -> str:
@@ -300,9 +354,13 @@ def report(arguments, found: dict[str, list[dict]], counted: dict, scaled: dict)
         f" sweep one. Medians; `faster` is in samples a second{' of CPU time, as other work ran' if cpu else ''}, with"
         " the rounds' smallest and largest; `by count` is what operations a sample say, `reached` the share of that."
         " Utilisation is of the policy's forward and backward alone, without recomputation, against the best matrix"
-        " product of the same run. Peak memory is of the whole process on a CPU, allocated on a GPU."
+        " product of the same run. Peak memory is of the whole process on a CPU, allocated on a GPU; `above"
+        " empty` is without that of a process that has imported everything and loaded nothing. `small` is with"
+        " gradient checkpointing, a fused backward, and glibc told by MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_"
+        " (1 MB) to give freed memory back."
         f"{' The presets for a GPU were not run for this page.' if cpu else ''}\n",
         same_losses(found) + "\n",
+        aims(rows) + "\n",
         f"| {' | '.join(HEADS)} |",
         "| --- " * len(HEADS) + "|",
     ]
@@ -312,10 +370,12 @@ def report(arguments, found: dict[str, list[dict]], counted: dict, scaled: dict)
         lines.append(
             f"| {' | '.join(case.split(': '))} | {figures} |"
             f" {ratio:.2f}x ({row['ratios'].min():.2f} to {row['ratios'].max():.2f}) | {row['counted']:.2f}x"
-            f" | {ratio / row['counted']:.0%} | {row['utilisation']:.0%} | {row['gib']:.2f} |"
+            f" | {ratio / row['counted']:.0%} | {row['utilisation']:.0%} | {row['gib']:.2f} | {row['above']:.2f} |"
         )
+    if any("sweep" in name for name in found):
+        lines.append(f"\n{kept_losses(found)}")
+    lines.append(f"\n![Measured ratios beside counted ones]({plot(arguments.output, rows).name})\n")
     if scaled:
-        lines.append(f"\n![Measured ratios beside counted ones]({plot(arguments.output, rows).name})\n")
         lines += ["## Scale, from counts\n", "SDXL, LoRA of rank 64, everything cached; TFLOP of a step of one list.\n"]
         for name, power in (("members", 1), ("side", 2)):  # tokens grow with the side's square
             first, least = next(iter(scaled[name].items()))
@@ -328,25 +388,27 @@ def report(arguments, found: dict[str, list[dict]], counted: dict, scaled: dict)
 
 
 def plot(output: Path, rows: dict[str, dict]) -> Path:
-    """Measured and counted ratios, a bar each."""
+    """Measured and counted ratios, and peak memory, a line a case."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(rows) + 1))
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 0.4 * len(rows) + 1), sharey=True)
     places = np.arange(len(rows))[::-1]
     low, middle, high = np.transpose([np.quantile(row["ratios"], [0, 0.5, 1]) for row in rows.values()])
-    axes.barh(places + 0.2, middle, 0.4, xerr=[middle - low, high - middle], label="measured")
-    axes.barh(places - 0.2, [row["counted"] for row in rows.values()], 0.4, label="by operations")
-    axes.set_yticks(places, list(rows))
-    axes.set_xlabel("samples a second, of the first of its kind")
-    axes.legend()
+    speed.barh(places + 0.2, middle, 0.4, xerr=[middle - low, high - middle], label="measured")
+    speed.barh(places - 0.2, [row["counted"] for row in rows.values()], 0.4, label="by operations")
+    speed.set_yticks(places, list(rows))
+    speed.set_xlabel("samples a second, of the first of its kind")
+    speed.legend()
+    memory.barh(places, [row["above"] for row in rows.values()], 0.5, color="tab:gray")
+    memory.set_xlabel("peak memory above an empty process, GiB")
     figure.savefig(output.with_suffix(".png"), dpi=120, bbox_inches="tight")
     return output.with_suffix(".png")
 
 
-TASKS = {"build": build, "count": counts, "scale": scale}
+TASKS = {"build": build, "build bfloat16": build_bfloat16, "count": counts, "scale": scale}
 
 
 def main() -> None:
@@ -368,10 +430,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         ask = partial(apart, arguments, arguments.preset, Path(name))
         ask("build")
+        ask("build bfloat16")
         counted = ask("count")
         for _ in range(arguments.rounds):
             for case, several in found.items():
-                several.append(ask(case))
+                twin = next(name for name in found if NAMES[name] == NAMES[case])  # measured in this round, or itself
+                several.append(ask(case, **NAMES[case].get("environment", {})) if twin == case else found[twin][-1])
                 print(case, several[-1], flush=True)
             arguments.output.write_text(report(arguments, found, counted, {}))  # should the next round not end
         for case in cases:

@@ -130,9 +130,12 @@ from mmalign.training import fit, memory
 from mmalign.training.loop import train
 sys.path.insert(0, "benchmarks")
 import step
-folder, limit, use_lora = Path(sys.argv[1]), float(sys.argv[2]) * memory.GIB, sys.argv[3] == "lora"
-run = replace(step.run_of("tiny", folder, "LoRA: ours, live"), use_lora=use_lora, resolution=256)
-run = replace(run, gradient_accumulation_steps=4, max_train_steps=1, output_dir=str(folder / "-".join(sys.argv[2:])))
+folder, limit, kind = Path(sys.argv[1]), float(sys.argv[2]) * memory.GIB, sys.argv[3]
+case = "whole network: ours, small" if kind == "fused" else "LoRA: ours, live"
+run = replace(step.run_of("tiny", folder, case), resolution=256, cache_dir=None, cache_reference=False)
+if kind != "fused":
+    run = replace(run, use_lora=kind == "lora", gradient_accumulation_steps=4)
+run = replace(run, max_train_steps=1, output_dir=str(folder / "-".join(sys.argv[2:])))
 chosen, lines = fit.fit(run, int(limit), torch.float32)
 empty, peaks = psutil.Process().memory_info().rss, []
 train(chosen, watch=lambda step, metrics: peaks.append(memory.peak_bytes()), say=lambda line: None)
@@ -153,7 +156,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gib", "kind"), [(0.7, "lora"), (1.5, "lora"), (1.5, "whole")])
+@pytest.mark.parametrize(("gib", "kind"), [(0.7, "lora"), (1.5, "lora"), (1.5, "whole"), (1.0, "fused")])
 def test_a_process_stays_below_its_limit(small, gib, kind):
     """Resident memory above the empty process, at the step's end, with pictures of 256 pixels encoded live."""
     done = subprocess.run([sys.executable, "-c", STEP, str(small), str(gib), kind], capture_output=True, text=True)
