@@ -1,9 +1,11 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
 
+from mmalign import embedded
 from mmalign.embedded import listen, sounds
 
 
@@ -87,3 +89,66 @@ def test_in_order_is_the_longest_common_subsequence():
     assert listen.in_order((c, a, b), (a, b, c)) == 2
     assert listen.in_order((c, b, a), (a, b, c)) == 1
     assert listen.in_order((), (a, b, c)) == 0
+
+
+# --- the model
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from diffusers import StableAudioPipeline
+
+    pipe = StableAudioPipeline.from_pretrained(embedded.path("t2a"), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def made(pipe, texts, seed=0, **settings):
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
+    return pipe(texts, generator=generators, **{**embedded.AUDIO_SAMPLING, **settings}).audios[:, 0]
+
+
+def test_loads_in_float32_and_is_small(pipe):
+    assert {module.dtype for module in (pipe.vae, pipe.transformer, pipe.text_encoder)} == {torch.float32}
+    assert sum(file.stat().st_size for file in embedded.path("t2a").rglob("*") if file.is_file()) < 10e6
+    assert pipe.transformer.config.sample_size * pipe.vae.hop_length == sounds.CELLS * sounds.GRID
+    assert pipe.vae.config.sampling_rate == sounds.RATE
+
+
+def test_the_tokenizer_knows_every_word(pipe):
+    ids = pipe.tokenizer(sounds.prompts("test")).input_ids
+    assert max(map(len, ids)) <= pipe.tokenizer.model_max_length
+    assert all(pipe.tokenizer.unk_token_id not in row for row in ids)
+    assert pipe.tokenizer.decode(ids[0], skip_special_tokens=True) == sounds.prompts("test")[0]
+
+
+def test_the_vae_keeps_what_is_heard_and_its_latents_are_centred(pipe):
+    pieces = sounds.random_pieces(24, 7, "development")
+    with torch.no_grad():
+        latents = pipe.vae.encode(rendered(pieces)[:, None]).latent_dist.mean
+        heard = listen.template_events(pipe.vae.decode(latents).sample[:, 0])
+    assert np.mean([found == piece.events for found, piece in zip(heard, pieces, strict=True)]) > 0.8
+    assert latents.mean((0, 2)).abs().max() < 0.3
+    assert (latents.std((0, 2)) - 1).abs().max() < 0.3
+
+
+def test_sounds_repeat_and_do_not_depend_on_the_batch(pipe):
+    texts = sounds.prompts("development")[:2]
+    first = made(pipe, texts, num_inference_steps=3)
+    assert first.shape == (2, sounds.CELLS * sounds.GRID)
+    assert torch.equal(first, made(pipe, texts, num_inference_steps=3))
+    assert torch.allclose(made(pipe, texts[1:], seed=1, num_inference_steps=3)[0], first[1], atol=1e-3)
+    assert not torch.allclose(made(pipe, texts[:1], seed=9, num_inference_steps=3)[0], first[0], atol=1e-3)
+
+
+def test_sounds_follow_prompts_of_combinations_never_trained_on(pipe):
+    texts = sounds.prompts("development")[:32]
+    waves = made(pipe, texts)
+    own, others = listen.network_scores(waves, texts), listen.network_scores(waves, texts[1:] + texts[:1])
+    assert (own > others).float().mean() > 0.8  # chance is one half
+
+
+def test_figures_and_card_are_there():
+    figures = json.loads((embedded.path().parents[2] / "benchmarks" / "embedded_audio.json").read_text())
+    assert figures["sampling"]["split"] == "development"
+    assert "Oobleck" in (embedded.path("t2a") / "README.md").read_text()
