@@ -134,7 +134,7 @@ def make_dit(folder: Path, vae_folder: Path, minutes: float) -> None:
     if not store.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         parts, texts = [], []
-        for n in range(375):
+        for n in range(160):
             pixels, found = clips(32, 20_000_000 + n)
             parts.append((vae.encode(pixels).latent_dist.mean - mean) / std)
             texts += [motions.caption(clip.noun, clip.colour, clip.direction) for clip in found]

@@ -96,13 +96,15 @@ def report(
     if run is not None:
         output_dir = Path(run.output_dir)
         metrics = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-        files = {
-            f"{output_dir.name}/pytorch_lora_weights.safetensors": "the LoRA, for diffusers",
-            f"{output_dir.name}/pytorch_lora_weights_kohya.safetensors": "the LoRA, for ComfyUI and A1111",
-            f"{output_dir.name}/README.md": "its model card",
-            f"{output_dir.name}/metrics.jsonl": "the log of every step",
-            "pairs": "the preference data",
+        known = {
+            "pytorch_lora_weights.safetensors": "the LoRA, for diffusers",
+            "pytorch_lora_weights_kohya.safetensors": "the LoRA, for ComfyUI and A1111",
+            "adapter_model.safetensors": "the LoRA, for PEFT",
+            "README.md": "its model card",
+            "metrics.jsonl": "the log of every step",
         }
+        files = {f"{output_dir.name}/{name}": what for name, what in known.items() if (output_dir / name).is_file()}
+        files |= {"pairs": "the preference data"}
     page = write_report(
         folder,
         title=title,
@@ -135,7 +137,7 @@ def report(
         write_card(Path(run.output_dir), run, metrics, comparisons_count=count, results="\n".join(lines))
     print(f"Report   {page}\nPictures {folder / 'grid.png'}")
     if run is not None:
-        print(f"LoRA     {Path(run.output_dir) / 'pytorch_lora_weights.safetensors'}")
+        print(f"LoRA     {run.output_dir}")
 
 
 def _versions() -> dict[str, str]:
