@@ -42,10 +42,12 @@ class UserTokens(nn.Module):
     """Embeddings u [N, D] -> tokens [N, T, W]; linear, 0 to 0.
 
     Attributes:
+        carrier: the network's argument that takes tokens to its attentions; None where they follow the text.
         whose: the users [N, D] of calls that name none; see `telling`.
         heard: tokens on their way to the end of the text.
     """
 
+    carrier: str | None = None
     whose: Tensor | None = None
     heard: Tensor | None = None
 
@@ -68,7 +70,7 @@ class UserAttention(nn.Module):
 
     heard: Tensor | None = None
 
-    def __init__(self, width: int, inner: int, heads: int, tokens: int) -> None:
+    def __init__(self, width: int, inner: int, heads: int, tokens: int = 1) -> None:
         super().__init__()
         self.heads, self.tokens = heads, tokens
         self.key = nn.Linear(width, inner, bias=False)
@@ -103,7 +105,7 @@ def add_layers(network: nn.Module, features: int, tokens: int, seed: int = 0) ->
     """Puts untrained user layers on a network; until they are trained every user is the base.
 
     Args:
-        network: a diffusers UNet or a transformer with joint attention.
+        network: a diffusers UNet or transformer.
         features: D of the embeddings.
         tokens: T that an embedding becomes.
         seed: of the first weights. W'_v starts at 0, so the first step is the base's.
@@ -111,12 +113,12 @@ def add_layers(network: nn.Module, features: int, tokens: int, seed: int = 0) ->
     Raises:
         UserError: the network has user layers already, or no text attention.
     """
-    attentions = list(text_attentions(network))
-    if not attentions:
+    attentions, carrier, end = list(text_attentions(network)), _carrier(network.forward), _text_end(network)
+    if not attentions or (carrier is None and end is None):
         raise UserError(f"A {type(network).__name__} has no text attention that user layers could stand beside.")
     if has_layers(network):
         raise UserError("The network has user layers already; load a fresh base.")
-    device, widths, end = next(network.parameters()).device, [], _text_end(network)
+    device, widths = next(network.parameters()).device, []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _, attention in attentions:
@@ -135,7 +137,9 @@ def add_layers(network: nn.Module, features: int, tokens: int, seed: int = 0) ->
         raise UserError(f"A {type(network).__name__} reads texts of several widths; user layers know one.")
     network.user = first.to(device)
     network.register_forward_pre_hook(_make_tokens, with_kwargs=True)
-    if end is not None:
+    if end is None:
+        first.carrier = carrier
+    else:
         end.register_forward_hook(partial(_append, first))
 
 
@@ -146,9 +150,9 @@ def _carrier(call: Any) -> str | None:
 
 def _text_end(network: Any) -> nn.Module | None:
     """What makes the text that blocks read, where their attentions are given nothing else; else None."""
-    if _carrier(network.forward) in CARRIERS[:2]:
-        return None
-    return next((part for name, part in network.named_modules() if name.endswith(TEXT_ENDS)), None)
+    passes_on = _carrier(network.forward) in CARRIERS[:2]
+    ends = (part for name, part in network.named_modules() if name.endswith(TEXT_ENDS) and not passes_on)
+    return next(ends, None)
 
 
 def has_layers(network: nn.Module) -> bool:
@@ -211,22 +215,22 @@ def telling(network: Any, user: Tensor | None) -> Iterator[None]:
 
 def _make_tokens(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Before the network runs: embeddings become tokens, in the place where they travel."""
-    user, kwargs = kwargs.get(ARGUMENT, network.user.whose), dict(kwargs)
-    kwargs.pop(ARGUMENT, None)
+    first, kwargs = network.user, dict(kwargs)
+    user = kwargs.pop(ARGUMENT, first.whose)
     for name in CARRIERS:
         if ARGUMENT in (kwargs.get(name) or {}):
             kwargs[name] = dict(kwargs[name])
             user = kwargs[name].pop(ARGUMENT)
+    first.heard = None
     if user is None:
         return args, kwargs
     sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
     if len(sample) == 2 * len(user):  # guided: the half without the text comes first
         user = torch.cat([torch.zeros_like(user), user])
-    tokens = network.user(user)
-    if _text_end(network) is not None:
-        network.user.heard = tokens
-    elif carrier := _carrier(network.forward):
-        kwargs[carrier] = {**(kwargs.get(carrier) or {}), HEARD: tokens}
+    if first.carrier is None:
+        first.heard = first(user)
+    else:
+        kwargs[first.carrier] = {**(kwargs.get(first.carrier) or {}), HEARD: first(user)}
     return args, kwargs
 
 
@@ -254,7 +258,8 @@ def _add_users_part(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return output
     query = attention.to_q(args[0] if args else kwargs["hidden_states"])
     norm = getattr(attention, "norm_q", None) or nn.Identity()
-    if getattr(norm, "weight", query[0, 0, :0]).numel() == query.shape[-1]:  # over all heads, as Wan's
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == query.shape[-1]:  # over all heads, as Wan's
         query, norm = norm(query), nn.Identity()
     query = norm(query.unflatten(-1, (attention.heads, -1)).transpose(1, 2))
     part, project = attention.user(query, tokens), attention.to_out[0]

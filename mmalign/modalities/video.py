@@ -212,17 +212,20 @@ class VideoModality(LatentModality):
         if not isinstance(medium, Video):
             kind = type(medium).__name__.lower() if isinstance(medium, Sound | Text) else "picture"
             raise UserError(f"{name}: is a {kind} where a video is needed; take a model of {kind}s.")
+        if isinstance(medium.source, str | Path):
+            name += f" ({medium.source})"
 
         def covered(picture: Image.Image) -> Image.Image:
             return cover(picture, frame, name=name)[0]
 
-        pictures = frames_of(medium, self.own.fps, first=self.num_frames, each=covered, name=name)
+        own = self.own
+        pictures = frames_of(medium, own.fps, first=self.num_frames, each=covered, name=name)
         if (count := len(pictures)) < self.num_frames:
-            advice = f"set num_frames to {self.own.fitting(count)} or less, or remove it"
-            if count < self.own.stride:
-                advice = f"that is less than a latent frame of {self.own.stride}, so remove it"
+            advice = f"set num_frames to {own.fitting(count)} or less, or remove it"
+            if count < own.stride:
+                advice = f"that is less than a latent frame of {own.stride}, so remove it"
             raise UserError(
-                f"{name}: has {count} frames at {self.own.fps:g} a second where {self.num_frames} are needed; {advice}.",
+                f"{name}: has {count} frames at {own.fps:g} a second where {self.num_frames} are needed; {advice}.",
                 reason="too_short",
             )
         return torch.stack([pixels(picture) for picture in pictures], 1), [float(side) for side in frame]
@@ -239,7 +242,7 @@ class VideoModality(LatentModality):
         height: int | None = None,
         width: int | None = None,
         fps: float | None = None,
-        batch_size: int = 1,
+        batch_size: int = 4,
         user: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Video]:

@@ -82,17 +82,15 @@ def framed(modality: Any, run: Run) -> Any:
     """The modality with the run's resolution, length and buckets.
 
     Raises:
-        UserError: its media have no such length.
+        UserError: its media have no such length, or no buckets.
     """
     if run.resolution:
         modality.resolution = run.resolution
-    for name in ("num_frames", "audio_length_in_s"):
-        if getattr(run, name) is not None:
+    for name in ("num_frames", "audio_length_in_s", "aspect_buckets"):
+        if getattr(run, name):
             if not hasattr(modality, name):
                 raise UserError(f"{name} is given, but {modality.source or 'this model'} has no such; leave it out.")
             setattr(modality, name, getattr(run, name))
-    if run.aspect_buckets:
-        modality.aspect_buckets = True
     return modality
 
 

@@ -9,6 +9,7 @@ from torch import nn
 import mmalign
 from mmalign.modalities import user
 from mmalign.records import UserError
+from tests.tiny_video import cogvideox_transformer, wan_transformer
 
 D = 6
 
@@ -50,10 +51,61 @@ def sd3():
     ).eval()
 
 
+def wan():
+    return wan_transformer().eval()
+
+
+def cogvideox():
+    return cogvideox_transformer(rotary=False).eval()
+
+
+def pixart():
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    ).eval()
+
+
+def stable_audio():
+    from diffusers import StableAudioDiTModel
+
+    return StableAudioDiTModel(
+        sample_size=8,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_attention_heads=2,
+        out_channels=4,
+        cross_attention_dim=16,
+        time_proj_dim=8,
+        global_states_input_dim=8,
+        cross_attention_input_dim=12,
+    ).eval()
+
+
+NETWORKS = [unet, sd3, wan, cogvideox, pixart, stable_audio]
+
+
 def call(network, who=None, rows=2):
     """The output for N latents; the same whoever it is for."""
     r = torch.Generator().manual_seed(1)
     given = user.arguments(network.forward, who)
+    if type(network).__name__ in OTHERS:
+        named = {name: torch.randn(rows, *shape, generator=r) for name, shape in OTHERS[type(network).__name__].items()}
+        if "rotary_embedding" in named:
+            named["rotary_embedding"] = (torch.ones(9, 4), torch.zeros(9, 4))
+        return network(**named, timestep=torch.full((rows,), 500), return_dict=False, **given)[0]
     latents, t = torch.randn(rows, 4, 8, 8, generator=r), torch.full((rows,), 500)
     if "SD3" in type(network).__name__:
         text = {"encoder_hidden_states": torch.randn(rows, 5, 12, generator=r)}
@@ -63,7 +115,21 @@ def call(network, who=None, rows=2):
     return network(latents, t, text, return_dict=False, **given)[0]
 
 
-@pytest.fixture(params=[unet, sd3], ids=["unet", "sd3"])
+# Shapes of their arguments, without the samples
+OTHERS = {
+    "WanTransformer3DModel": {"hidden_states": (4, 2, 2, 4), "encoder_hidden_states": (5, 16)},
+    "CogVideoXTransformer3DModel": {"hidden_states": (3, 4, 2, 4), "encoder_hidden_states": (226, 16)},
+    "PixArtTransformer2DModel": {"hidden_states": (4, 8, 8), "encoder_hidden_states": (5, 12)},
+    "StableAudioDiTModel": {
+        "hidden_states": (4, 8),
+        "encoder_hidden_states": (5, 12),
+        "global_hidden_states": (1, 8),
+        "rotary_embedding": (),
+    },
+}
+
+
+@pytest.fixture(params=NETWORKS, ids=lambda make: make.__name__)
 def pair(request):
     """A base, and the same with user layers that were trained."""
     base = request.param()
@@ -100,7 +166,7 @@ def test_untrained_layers_are_the_base_and_each_text_attention_has_one(pair):
     assert torch.equal(call(network, torch.randn(2, D)), call(base))
     names = {name.rsplit(".user.", 1)[0] for name in user.layers(network) if ".user." in name}
     assert names == {name for name, _ in user.text_attentions(base)}
-    assert all(name.endswith(("attn2", "attn")) for name in names)
+    assert all(name.endswith(("attn2", "attn", "attn1" if "Cog" in type(base).__name__ else "attn2")) for name in names)
     added = set(dict(network.named_parameters())) - set(dict(base.named_parameters()))
     assert added == set(user.layers(network))
 
@@ -176,7 +242,7 @@ def test_what_does_not_fit_is_one_sentence(pair, tmp_path):
     with pytest.raises(UserError, match="no such user layers"):
         user.load_layers(base, tmp_path)
     user.save_layers(personal, tmp_path)
-    other = sd3() if base.__class__.__name__.startswith("UNet") else unet(xl=True)
+    other = sd3() if base.__class__.__name__.startswith("UNet") else unet(xl=True)  # of another width than all others
     with pytest.raises(UserError, match="another architecture"):
         user.load_layers(other, tmp_path)
     (tmp_path / user.LAYERS_FILE).write_bytes(b"nothing of the kind")
@@ -188,6 +254,52 @@ def test_what_does_not_fit_is_one_sentence(pair, tmp_path):
         user.add_layers(nn.Linear(2, 2), D, tokens=4)
     with pytest.raises(UserError, match="cannot be told"):
         user.arguments(nn.Linear(2, 2).forward, torch.zeros(1, D))
+    with pytest.raises(UserError, match="has no user layers"), user.telling(unet(), torch.zeros(1, D)):
+        pass
+
+
+def test_a_user_may_be_told_beside_the_call(pair):
+    """Pipelines without attention kwargs (PixArt, Stable Audio) pass nothing on."""
+    base, personal = pair
+    who = torch.randn(2, D)
+    with user.telling(personal, who):
+        assert torch.equal(call(personal), call(personal, who))
+    assert torch.equal(call(personal), call(base))
+
+
+def test_a_call_without_the_text_hears_nobody():
+    """Wan's pipeline guides by a second call."""
+    base = wan()
+    personal = copy.deepcopy(base)
+    user.add_layers(personal, D, tokens=4)
+    train_a_little(personal)
+    who = torch.randn(2, D)
+    expected = call(personal, who)
+    with user.telling(personal, who):
+        with personal.cache_context("uncond"):
+            assert torch.equal(call(personal), call(base))
+        with personal.cache_context("cond"):
+            assert torch.equal(call(personal), expected)
+    assert personal.cache_context.__func__ is type(personal).cache_context
+
+
+def test_recomputed_blocks_hear_the_same_user_after_other_calls(pair):
+    """A reference's call between forward and backward, as in every step of DPO."""
+    _, personal = pair
+    who, gradients = torch.randn(2, D), []
+    for between in (False, True):
+        personal.requires_grad_(False).train().enable_gradient_checkpointing()
+        for parameter in user.layers(personal).values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        loss = call(personal, who).square().mean()
+        if between:
+            with torch.no_grad():
+                call(personal)
+                call(personal, 2 * who)
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in user.layers(personal).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("which", ["tiny_sdxl", "tiny_sd15"])

@@ -15,9 +15,11 @@ import mmalign
 from mmalign.media import frames_of, make_sound, make_video
 from mmalign.modalities.latent import LORA_FILE
 from mmalign.objectives import DiffusionDPO
+from mmalign.recipe import load_recipe
 from mmalign.records import Comparison, Text, UserError, Video
 from mmalign.surrogate import FreshNoise, Keys, NoisedProbe, RectifiedFlow
 from mmalign.training import memory
+from mmalign.training.cached import framed
 from mmalign.training.flops import operations
 from mmalign.training.loop import train
 from mmalign.training.prepare import prepare_policy
@@ -181,7 +183,7 @@ def test_a_clip_is_the_beginning_at_the_models_rate_and_covers_the_frame(modalit
         ("clip.mp4", "is a picture where a video is needed; take a model of pictures."),
         (make_sound(torch.zeros(100), 16000), "is a sound where a video is needed; take a model of sounds."),
         (Text("words"), "is a text where a video is needed; take a model of texts."),
-        (Video("nowhere.mp4"), "no such video; check the path."),
+        (Video("nowhere.mp4"), "video 0 (nowhere.mp4): no such video; check the path."),
         (Video(b"no video"), "cannot be decoded"),
         (Video([picture(1)] * 3), "3 frames at 16 a second where 9 are needed; that is less than a latent frame of 4"),
         (Video([picture(1)] * 7), "7 frames at 16 a second where 9 are needed; set num_frames to 5 or less, or remove"),
@@ -230,6 +232,13 @@ def test_cogvideox_takes_odd_numbers_of_latent_frames(folders, tmp_path):
     modality = mmalign.load(folders[COG])
     with pytest.raises(UserError, match="num_frames 13: this model takes 1 and multiples of 8 more, such as 9 or 17"):
         modality.generate(["a fox"], seeds=[1], num_frames=13)
+
+
+def test_a_run_asks_videos_for_no_buckets_and_no_seconds(folders):
+    run = Run(str(folders[WAN]), "videos", "out", DiffusionDPO(beta=1), 1, 1e-4)
+    for changes in ({"aspect_buckets": True}, {"audio_length_in_s": 2.0}):
+        with pytest.raises(UserError, match=f"{next(iter(changes))} is given, but .* has no such; leave it out"):
+            framed(mmalign.load(folders[WAN]), replace(run, **changes))
 
 
 def test_wan_with_two_transformers_is_refused(tmp_path):
@@ -337,6 +346,7 @@ def test_the_memory_plan_counts_what_autograd_keeps(recipe, changes, pairs):
     assert planned == pytest.approx(kept.bytes, rel=0.1)
 
 
+@pytest.mark.parametrize("family", [WAN, COG], indirect=True)
 def test_the_plan_and_the_count_of_operations_see_the_vae(recipe):
     plain = memory.plan(recipe, torch.float32).parts
     assert plain["encoders and VAE"] > 0
@@ -348,6 +358,7 @@ def test_the_plan_and_the_count_of_operations_see_the_vae(recipe):
     assert more > 1.5 * few > 0
 
 
+@pytest.mark.parametrize("family", [WAN, COG], indirect=True)
 def test_two_steps_of_dpo_start_at_ln_2_resume_and_checkpoint_bit_for_bit(recipe, pairs, tmp_path):
     def run_it(run):
         modality = mmalign.load(run.pretrained_model_name_or_path, dtype=torch.float64)
@@ -365,3 +376,45 @@ def test_two_steps_of_dpo_start_at_ln_2_resume_and_checkpoint_bit_for_bit(recipe
     cut = {"gradient_checkpointing": True, "backward": "two-pass", "rows_at_once": 3, "attention": "math"}
     other, _ = run_it(replace(recipe, **cut, output_dir=str(tmp_path / "cut")))
     assert other == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "family"), [("wan_flow_dpo", WAN), ("cogvideox_diffusion_dpo", "CogVideoX 5b")])
+def test_the_recipes_train_a_tiny_model_of_their_family(name, family, folders, pairs, tmp_path):
+    small_run = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "rank": 2}
+    run = replace(load_recipe(name), output_dir=str(tmp_path), validation_prompts=(), **small_run, **tiny_video.RUN)
+    run = replace(run, pretrained_model_name_or_path=str(folders[family]))
+    train(run, modality=mmalign.load(folders[family]), comparisons=pairs, say=lambda line: None)
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row["loss"] == pytest.approx(0.6931471805599453, rel=1e-4)
+
+
+def test_training_from_a_cache_needs_no_vae_and_learns_the_same(folders, pairs, tmp_path):
+    """From the data on the disk: videos by their paths, encoded once, trained without VAE and text encoder."""
+    (tmp_path / "data").mkdir()
+    rows = []
+    for item in pairs:
+        paths = [f"{item.id}-{n}.mp4" for n in range(2)]
+        for path, medium in zip(paths, item.media, strict=True):
+            (tmp_path / "data" / path).write_bytes(medium.source)
+        rows.append(
+            {"id": item.id, "prompt": item.prompt, "media": [{"video": path} for path in paths], "score": item.score}
+        )
+    (tmp_path / "data" / "comparisons.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = Run(
+        pretrained_model_name_or_path=str(folders[WAN]),
+        dataset_name=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "live"),
+        objective=DiffusionDPO(beta=100),
+        max_train_steps=2,
+        learning_rate=1e-2,
+        rank=2,
+        seed=3,
+        **tiny_video.RUN,
+    )
+
+    def losses(run):
+        output = train(run, say=lambda line: None)
+        return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+    cached = losses(replace(run, cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "cached")))
+    assert cached == pytest.approx(losses(run), rel=1e-5)
