@@ -4,7 +4,7 @@
     python benchmarks/align_embedded.py test --output DIR --seeds 0 1 2 3 4     # seeds can be shared out to processes
     python benchmarks/align_embedded.py table --output DIR
 
-With `--modality video`, `audio` or `vlm` the same for the other embedded models (mmalign/tasks.py).
+With `--modality audio` or `vlm` the same for the other embedded models (mmalign/tasks.py).
 `develop` tries every combination on 120 development prompts and prints a row for each. `test` runs the recipe as it
 stands (recipes/embedded_diffusion_dpo.py) and SFT on the winners with the same settings, for every seed: own
 candidates, own pairs, own training; 400 test prompts, one medium each, the same start noise for base and all. `table`

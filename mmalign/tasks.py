@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import mmalign
-from mmalign.embedded import SAMPLING
+from mmalign.embedded import AUDIO_SAMPLING, SAMPLING, VLM_SAMPLING
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Asked:
         text: the prompt itself.
         name: what the report calls it; equal names are one cluster of the statistics.
         images: input pictures.
+        truth: what a judge knows of them.
     """
 
     text: str
     name: str
     images: tuple[Any, ...] = ()
+    truth: Any = None
 
 
 Judge = Callable[[Sequence[Any], Sequence[Asked]], Sequence[float] | np.ndarray]  # [N] media and prompts -> [N]
@@ -92,38 +94,77 @@ IMAGE = Task(
     size=Size(320, 4, 200, drop_fraction=0.2, sampling={**SAMPLING, "batch_size": 32}),
     small=Size(8, 2, 8, steps=4, sampling={**SAMPLING, "num_inference_steps": 4, "batch_size": 32}),
 )
-VIDEO_SAMPLING = {"num_inference_steps": 12, "guidance_scale": 3.0, "batch_size": 32}
 
 
-def _video_prompts(split: str) -> list[Asked]:
-    from mmalign.embedded import motions
+def _audio_prompts(split: str) -> list[Asked]:
+    from mmalign.embedded import sounds
 
-    return _plain(motions.prompts(split))
+    return _plain(sounds.prompts(split))
 
 
-def _video_judges() -> dict[str, Judge]:
-    from mmalign.embedded import motions
-    from mmalign.media import frames_of
+def _audio_judges() -> dict[str, Judge]:
+    import torch
 
-    def judge(function: Callable[[np.ndarray, str], float]) -> Judge:
-        def score(media: Sequence[Any], asked: Sequence[Asked]) -> list[float]:
-            frames = (np.stack([np.asarray(frame) for frame in frames_of(medium, motions.FPS)]) for medium in media)
-            return [function(*row) for row in zip(frames, (one.text for one in asked), strict=True)]
+    from mmalign.embedded import listen, sounds
+    from mmalign.media import sound_of
+
+    def judge(function: Callable[[Any, list[str]], Any]) -> Judge:
+        def score(media: Sequence[Any], asked: Sequence[Asked]) -> np.ndarray:
+            waves = [torch.from_numpy(sound_of(medium, sounds.RATE, mono=True)[0][0]) for medium in media]
+            return function(torch.stack(waves), [one.text for one in asked]).numpy()
 
         return score
 
-    functions = (motions.goes_there, motions.flows_there, motions.ground_is_right)
+    functions = (listen.template_scores, listen.network_scores, listen.events_in_order)
     return {function.__name__: judge(function) for function in functions}
 
 
-VIDEO = Task(
-    model="the embedded text-to-video model",
-    recipe="embedded_video_dpo",
-    asked=_video_prompts,
-    judges=_video_judges,
-    roles={"goes_there": "made the pairs", "flows_there": "held out", "ground_is_right": "the ground as asked"},
-    headline="flows_there",
-    size=Size(192, 4, 96, drop_fraction=0.2, sampling=VIDEO_SAMPLING),
-    small=Size(8, 2, 8, steps=4, sampling={**VIDEO_SAMPLING, "num_inference_steps": 3}),
+AUDIO = Task(
+    model="the embedded text-to-audio model",
+    recipe="embedded_audio_dpo",
+    asked=_audio_prompts,
+    judges=_audio_judges,
+    roles={"template_scores": "made the pairs", "network_scores": "held out", "events_in_order": "heard in order"},
+    headline="network_scores",
+    size=Size(192, 4, 192, drop_fraction=0.2, sampling={**AUDIO_SAMPLING, "batch_size": 32}),
+    small=Size(8, 2, 8, steps=4, sampling={**AUDIO_SAMPLING, "num_inference_steps": 3, "batch_size": 32}),
 )
-TASKS: dict[str, Task] = {"image": IMAGE, "video": VIDEO}
+
+
+def _questions(split: str) -> list[Asked]:
+    from PIL import Image
+
+    from mmalign.embedded import captions, scenes
+
+    return [
+        Asked(captions.QUESTION, scenes.caption(scene), (Image.fromarray(scenes.render(scene)),), scene)
+        for scene in captions.described(split)
+    ]
+
+
+def _answer_judges() -> dict[str, Judge]:
+    from mmalign.embedded import captions
+
+    clip = mmalign.load_scorer("embedded-clip")
+
+    def judge(function: Callable[[str, Any], float]) -> Judge:
+        return lambda said, asked: [function(answer, one.truth) for answer, one in zip(said, asked, strict=True)]
+
+    return {
+        "facts": judge(captions.score),
+        "embedded-clip": lambda said, asked: clip.score([one.images[0] for one in asked], said).numpy(),
+        "exact": judge(captions.exact),
+    }
+
+
+VLM = Task(
+    model="the embedded vision-language model",
+    recipe="embedded_vlm_dpo",
+    asked=_questions,
+    judges=_answer_judges,
+    roles={"facts": "made the pairs", "embedded-clip": "held out", "exact": "right word for word"},
+    headline="embedded-clip",
+    size=Size(192, 4, 200, sampling=VLM_SAMPLING),
+    small=Size(8, 2, 8, steps=4, sampling=VLM_SAMPLING),
+)
+TASKS: dict[str, Task] = {"image": IMAGE, "audio": AUDIO, "vlm": VLM}
