@@ -5,8 +5,8 @@
     python benchmarks/make_embedded_video.py export --work WORK --output mmalign/embedded/t2v
     python benchmarks/make_embedded_video.py measure --output mmalign/embedded/t2v
 
-Every stage is resumable and bounded by time, as in make_embedded.py. fp32. The model is not made yet: the VAE wants more
-than half an hour of a free core.
+Every stage is resumable and bounded by time, as in make_embedded.py. fp32. The model is not made yet: the VAE wants
+more than half an hour of a free core.
 """
 
 import argparse

@@ -7,7 +7,7 @@ transformers model) states: one table, below.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,6 +68,16 @@ class Skeleton:
     frozen: tuple[str, ...] = ()
     media: Callable[[int, int | None, float | None], tuple[int, ...]] | None = None
     encoded_at_once: int = 8
+
+    @staticmethod
+    def reading(network: nn.Module) -> Iterator[nn.Module]:
+        """What makes keys and values of the text in every attention that reads it; user layers are as large."""
+        from mmalign.modalities.user import text_attentions, text_keys
+
+        for _, attention in text_attentions(network):
+            keys = text_keys(attention)
+            yield keys
+            yield attention.to_v if keys is attention.to_k else attention.add_v_proj
 
 
 # One thing encoded by itself, without a batch dimension: a medium, or a prompt with its condition. See data/cache.py

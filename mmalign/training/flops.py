@@ -38,7 +38,7 @@ def operations(run: Run, skeleton: Any = None, members: int = 2) -> dict[str, in
         network = fake(parts["network"], torch.float32)
         if "reference" in run.objective.needs and not run.cache_reference:
             counts["reference"] = _count(lambda: network.requires_grad_(False)(**inputs))
-        prepare_fake(network, run, skeleton.lora_targets)
+        prepare_fake(network, run, skeleton)
         if run.gradient_checkpointing:
             checkpoint_blocks(network, every=run.gradient_checkpointing_every)
         outputs: list[Any] = []

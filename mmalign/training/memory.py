@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mmalign
-from mmalign.modalities.user import text_attentions, text_keys
 from mmalign.training.prepare import checkpoint_blocks
 from mmalign.training.run import Run
 
@@ -106,7 +105,7 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = fake(skeleton.parts["network"], dtype)
-        prepare_fake(model, run, skeleton.lora_targets)
+        prepare_fake(model, run, skeleton)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         blocks, kept = [0], Saved(model)
 
@@ -128,13 +127,13 @@ def measured(skeleton: Any, run: Run, samples: int, dtype: torch.dtype) -> tuple
     return trained, kept.bytes + max(blocks)
 
 
-def prepare_fake(model: Any, run: Run, targets: Sequence[str]) -> None:
+def prepare_fake(model: Any, run: Run, skeleton: Any) -> None:
     """What `prepare_policy` does to a network, for one on fake tensors; checkpointing is left to the caller."""
     model.requires_grad_(not run.use_lora).train()
     if run.users:
-        _stand_in(model, run.user_tokens)
+        _stand_in(model, run.user_tokens, skeleton)
     elif run.use_lora:
-        _wrap(model, run, targets)
+        _wrap(model, run, skeleton.lora_targets)
 
 
 class _WithLoRA(nn.Module):
@@ -162,7 +161,7 @@ class _WithLoRA(nn.Module):
         return self.base(x) + self.b(self.a(x.float())).to(x.dtype)
 
 
-def _stand_in(model: Any, tokens: int) -> None:
+def _stand_in(model: Any, tokens: int, skeleton: Any) -> None:
     """User layers are as large as the keys and values of the text, and keep as much: these are counted for them.
 
     Soft tokens are a map of their own, here from embeddings as wide as the network's; the gradient goes to them
@@ -173,10 +172,8 @@ def _stand_in(model: Any, tokens: int) -> None:
         width = embed.embedding_dim
         model.user = nn.Linear(width, tokens * width, bias=False, dtype=torch.float32)
         embed.register_forward_hook(lambda module, inputs, embedded: embedded + model.user.weight[0, 0].to(embedded))
-    for _, attention in text_attentions(model):
-        keys = text_keys(attention)
-        for projection in (keys, attention.to_v if keys is attention.to_k else attention.add_v_proj):
-            projection.weight.requires_grad_(True)
+    for projection in skeleton.reading(model):
+        projection.weight.requires_grad_(True)
 
 
 def _wrap(model: nn.Module, run: Run, default: Sequence[str]) -> None:
