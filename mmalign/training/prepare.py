@@ -18,7 +18,7 @@ from mmalign.records import UserError
 from mmalign.surrogate.probes import at_least_float32
 from mmalign.training.cached import framed
 from mmalign.training.run import Run
-from mmalign.training.views import WeightViews
+from mmalign.training.views import WeightViews, adapter_layers
 
 
 def make_accelerator(run: Run) -> Any:
@@ -85,7 +85,8 @@ def prepare_policy(modality: Any, run: Run) -> WeightViews:
         add_lora(network, run, list(run.lora_targets) or modality.lora_targets())
     elif run.lora:
         modality.load_adapter(run.lora, name="reference")
-        network.set_adapter("policy")  # pyright: ignore[reportCallIssue]
+        for layer in adapter_layers(network):
+            layer.set_adapter("policy")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".policy." in name)
         if ".policy." in name:

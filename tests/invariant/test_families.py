@@ -4,7 +4,7 @@ README's table of methods and families is `table()`: a cell stands there because
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +180,20 @@ def test_two_steps_saved_and_loaded(family, method, folders, tmp_path):
     made = ours(loaded, items, settings)
     theirs = plain(folder, trained, items, kind.settings[family], modality.medium)
     assert all(close(one, other, modality) for one, other in zip(made, theirs, strict=True))
+
+
+@pytest.mark.parametrize("family", ["PixArt-Sigma", "AudioLDM2"])
+def test_a_run_starts_from_the_lora_of_another(family, folders, tmp_path):
+    """Of families whose networks know no LoRA by themselves: what the run starts from is its reference."""
+    kind, folder = KIND_OF[family], folders(family)
+    run = Run(str(folder), "four", str(tmp_path / "first"), DiffusionDPO(beta=100), 1, 1e-2, rank=2)
+    told = {"comparisons": kind.comparisons(2), "say": lambda line: None}
+    first = train(run, modality=mmalign.load(folder, dtype=torch.float32), **told)
+    second = replace(run, output_dir=str(tmp_path / "second"), lora=str(first))
+    train(second, modality=mmalign.load(folder, lora=first, dtype=torch.float32), **told)
+    row = json.loads((tmp_path / "second" / "metrics.jsonl").read_text())
+    assert row["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert row["grad_norm"] > 0
 
 
 def test_the_table_of_the_readme_is_this_one():
