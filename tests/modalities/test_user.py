@@ -211,18 +211,21 @@ def test_another_attention_processor_keeps_the_user():
 
 
 def test_a_lora_on_the_same_projections_goes_together(pair):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     base, personal = pair
     who = torch.randn(2, D)
     for network in (base, personal):
         torch.manual_seed(3)
         targets = ["to_k", "to_q", "to_v", "to_out.0"]
-        network.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, init_lora_weights=False), network)
         assert not [name for name in user.layers(network) if "lora" in name]
     assert torch.equal(call(personal, torch.zeros(2, D)), call(base))
     before = call(personal, who)
-    personal.disable_adapters()
+    for module in personal.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
     assert not torch.allclose(call(personal, who), before)
 
 
