@@ -189,7 +189,7 @@ def test_a_clip_is_the_beginning_at_the_models_rate_and_covers_the_frame(modalit
         (Video([picture(1)] * 7), "7 frames at 16 a second where 9 are needed; set num_frames to 5 or less, or remove"),
         (Video([picture(1, size=(1, 1))] * 9), "too small for 32 x 16"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) and " " in value else "medium",
 )
 def test_a_medium_that_is_no_such_clip_is_one_sentence(medium, sentence, folders):
     modality = small(mmalign.load(folders[WAN]))
