@@ -20,13 +20,15 @@ from mmalign.embedded.sounds import EVENTS, GRID, LENGTHS, RATE, Event, events, 
 SPAN = min(LENGTHS)  # cells of an event that are compared
 BANDS = 40
 HEARD = 0.6  # similarity from which on an event counts as heard
+FAINT = 8  # length of the bands of an event below which it is none; the faintest in the data have 9
 UNASKED = 0.5  # what all loudness outside the prompt's events would cost
 
 
 @cache
 def _filters() -> Tensor:
     """[257, B] triangles of equal width in mel from 60 Hz to 3.9 kHz."""
-    mel = torch.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (60, 3900)), BANDS + 2)
+    low, high = (2595 * float(np.log10(1 + hz / 700)) for hz in (60, 3900))
+    mel = torch.linspace(low, high, BANDS + 2)
     edges, hz = 700 * (10 ** (mel / 2595) - 1), torch.linspace(0, RATE / 2, GRID + 1)[:, None]
     rising = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
@@ -55,15 +57,15 @@ def similarity(waves: Tensor) -> tuple[Tensor, Tensor]:
     heard = bands(waves)
     patches = heard.unfold(1, SPAN, 1).transpose(2, 3)  # [N, S, SPAN, B]
     length = patches.flatten(2).norm(dim=2)
-    quiet = 0.25 * length.amax(1, keepdim=True)  # the edge of an event is not one
-    cosine = torch.einsum("nsfb,efb->nes", patches, templates()) / torch.maximum(length, quiet)[:, None].clamp(min=1)
+    least = (0.25 * length.amax(1, keepdim=True)).clamp(min=FAINT)  # nor is the edge of an event one
+    cosine = torch.einsum("nsfb,efb->nes", patches, templates()) / torch.maximum(length, least)[:, None]
     return cosine, heard.square().sum(2)
 
 
 def template_scores(waves: Tensor, prompts: list[str]) -> Tensor:
     """[N] mean similarity of the prompt's events at their best places in order, less what loudness elsewhere costs."""
     cosine, loudness = similarity(waves)
-    return torch.tensor([_in_order(*row, events(p)) for *row, p in zip(cosine, loudness, prompts, strict=True)])
+    return torch.tensor([_in_order(*row) for row in zip(cosine, loudness, map(events, prompts), strict=True)])
 
 
 def _in_order(cosine: Tensor, loudness: Tensor, asked: tuple[Event, ...]) -> float:

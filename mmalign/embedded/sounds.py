@@ -142,8 +142,7 @@ def sound(event: Event, length: int, rng: RandomState) -> np.ndarray:
             wave = np.fft.irfft(spectrum * ((hz > low) & (hz < top)), n)
             wave *= 0.2 / wave.std()
         case "whoop" | "drop":  # one pitch a cell
-            ends = (896, 2688) if high else (224, 704)
-            pitches = np.geomspace(*(ends if kind == "whoop" else ends[::-1]), length)
+            pitches = np.geomspace(*((896, 2688) if high else (224, 704)), length)[:: 1 if kind == "whoop" else -1]
             wave = 0.5 * _tone(np.repeat((pitches / 32).round() * 32, GRID), t)
         case "trill":  # two notes, two cells each in turn
             notes = (1984, 2496) if high else (576, 832)
