@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmalign.media import Frames
 from mmalign.records import UserError
 from mmalign.scoring.chat import Chat
-from mmalign.scoring.frames import Frames
 from tests.conftest import picture
 from tests.tiny import tiny_video_vlm
 
