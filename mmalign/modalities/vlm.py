@@ -223,8 +223,8 @@ class VLMModality(Holder):
         settings: dict[str, Any] = {"images": [pictures]} if pictures else {}
         if clips:
             self._check_video(bool(pictures), where)
-            told = [_times(clip) for clip in clips]
-            settings |= {"videos": [clips], "video_metadata": told, "do_sample_frames": False}
+            times = [_times(clip) for clip in clips]
+            settings |= {"videos": [clips], "video_metadata": times, "do_sample_frames": False}
         content = [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
         rendered = self._rendered({"role": "user", "content": content}, add_generation_prompt=True)
         bos = self.processor.tokenizer.bos_token
@@ -333,17 +333,20 @@ class VLMModality(Holder):
         try:
             with told(self.unwrapped, cond.get("user")):
                 return self.network(**self._inputs(probe.tokens, cond), use_cache=False, logits_to_keep=keep).logits
-        except ValueError as error:  # it counts placeholders and features
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise UserError(f"{self.source}: its processor does not fit its network ({reason}).") from error
+        except ValueError as error:
+            if "do not match" not in str(error):  # placeholders and features
+                raise
+            raise UserError(f"{self.source}: its processor does not fit its network ({error}).") from error
 
     def _inputs(self, tokens: Tensor, cond: Cond) -> dict[str, Any]:
         """The network's arguments for N rows."""
         inputs: dict[str, Any] = {"input_ids": tokens}
-        for name, value in cond.to(self.device, self.unwrapped.dtype).items():
+        for name, value in cond.to(self.device).items():
             if isinstance(value, list):
                 given = [one for one in value if one is not None]
-                inputs |= {name: _joined(given)} if given else {}
+                # Pixels alone: bfloat16 is too coarse for the seconds of Qwen2.5-VL
+                dtype = self.unwrapped.dtype if "pixel_values" in name else None
+                inputs |= {name: _joined(given).to(dtype=dtype)} if given else {}
             elif name not in ("answer_mask", "user"):
                 inputs[name] = value
         return inputs

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmalign
+from mmalign.data.export import write_comparisons
 from mmalign.media import frames_of, make_video
 from mmalign.objectives import DiffusionDPO
 from mmalign.records import Text, UserError
@@ -186,6 +187,15 @@ def test_videos_are_shown_as_transformers_shows_them(name, families, watched, mo
     assert not torch.allclose(logp(modality, modality.encode([items[0]])), each[:2])
 
 
+def test_seconds_stay_exact_in_half_precision(folders, watched):
+    modality = mmalign.load(folders("Qwen2.5-VL"), dtype=torch.bfloat16)
+    modality.video_fps = 1.7
+    row = modality.encode(watched[:1])
+    inputs = modality._inputs(row.x0, row.cond)
+    assert inputs["pixel_values_videos"].dtype == torch.bfloat16
+    assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2 / 1.6] * 2, rel=1e-6)  # 4 frames of 2.5 seconds
+
+
 @pytest.mark.parametrize("name", ["LLaVA 1.5", "Idefics3", "Gemma 3", "SmolVLM"])
 def test_a_video_that_cannot_be_shown_is_one_sentence(name, families, watched):
     message = "takes one of the two at a time" if name == "SmolVLM" else "takes pictures alone"
@@ -263,6 +273,19 @@ def test_two_steps_of_dpo_and_plain_peft_says_the_same(name, recipe, folders, fa
     assert ours != base
 
 
+@pytest.mark.parametrize("name", ["LLaVA-OneVision", "Qwen2.5-VL"])
+def test_training_from_a_cache_of_videos_is_training_live(name, recipe, folders, watched, tmp_path):
+    write_comparisons(tmp_path / "data", watched)
+    run = replace(recipe, pretrained_model_name_or_path=str(folders(name)), dataset_name=str(tmp_path / "data"))
+    losses = []
+    for changes in ({}, {"cache_dir": str(tmp_path / "cache"), "cache_reference": True, "draws_per_sample": 1}):
+        output = train(replace(run, output_dir=str(tmp_path / f"run{len(losses)}"), **changes), say=lambda line: None)
+        rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows])
+    assert losses[0][1] < LN_2 - 1e-3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_full_fine_tune_is_a_folder_of_plain_transformers(name, recipe, folders):
     items = comparisons(2)
@@ -314,3 +337,12 @@ def test_a_processor_that_expands_another_number_is_one_sentence(folders, tmp_pa
     encoded = modality.encode(comparisons(2))
     with pytest.raises(UserError, match=r"its processor does not fit its network \(.*tokens: \d+, features: \d+"):
         logp(modality, encoded)
+
+
+def test_a_missing_package_is_one_sentence(folders, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    folder = folders("SmolVLM")
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(UserError, match="cannot be loaded .*pip install num2words"):
+        load(folder)
