@@ -344,5 +344,5 @@ def test_a_missing_package_is_one_sentence(folders, monkeypatch):
 
     folder = folders("SmolVLM")
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
-    with pytest.raises(UserError, match="cannot be loaded .*pip install num2words"):
+    with pytest.raises(UserError, match=r"cannot be loaded .*pip install num2words"):
         load(folder)
