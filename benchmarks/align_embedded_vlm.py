@@ -69,6 +69,7 @@ def judged(shown: Sequence[scenes.Scene], base: Sequence[str], aligned: Sequence
         "facts": lambda said: [captions.score(*row) for row in zip(said, shown, strict=True)],
         "embedded-clip": lambda said: clip.score(pictures, said).tolist(),
         "exact": lambda said: [captions.exact(*row) for row in zip(said, shown, strict=True)],
+        "fluent": lambda said: [captions.fluent(*row) for row in zip(said, shown, strict=True)],
     }
     scores = {
         name: {side: np.array(judge(said), float) for side, said in (("base", base), ("aligned", aligned))}

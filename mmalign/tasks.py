@@ -154,6 +154,7 @@ def _answer_judges() -> dict[str, Judge]:
         "facts": judge(captions.score),
         "embedded-clip": lambda said, asked: clip.score([one.images[0] for one in asked], said).numpy(),
         "exact": judge(captions.exact),
+        "fluent": judge(captions.fluent),
     }
 
 
@@ -162,7 +163,12 @@ VLM = Task(
     recipe="embedded_vlm_dpo",
     asked=_questions,
     judges=_answer_judges,
-    roles={"facts": "made the pairs", "embedded-clip": "held out", "exact": "right word for word"},
+    roles={
+        "facts": "made the pairs",
+        "embedded-clip": "held out",
+        "exact": "right word for word",
+        "fluent": "is a caption",
+    },
     headline="embedded-clip",
     size=Size(192, 4, 200, sampling=VLM_SAMPLING),
     small=Size(8, 2, 8, steps=4, sampling=VLM_SAMPLING),

@@ -4,8 +4,10 @@ A scene has four facts, and its caption (`scenes.caption`) says all of them; no 
 that they are the middle ones. So an answer can be judged exactly, without a model.
 """
 
+import itertools
 import re
 from dataclasses import replace
+from functools import cache
 
 from numpy.random import RandomState
 
@@ -58,6 +60,16 @@ def score(answer: str, scene: Scene) -> float:
     right = sum(truth[fact] in values for fact, values in said.items())
     wrong = sum(len(values - {truth[fact]}) for fact, values in said.items())
     return (right - wrong) / len(FACTS)
+
+
+@cache
+def _captions() -> frozenset[str]:
+    return frozenset(caption(Scene(*said)) for said in itertools.product(*FACTS.values()))
+
+
+def fluent(answer: str, scene: Scene) -> bool:
+    """Whether the answer is a caption at all, of this scene or of another."""
+    return answer in _captions()
 
 
 def exact(answer: str, scene: Scene) -> bool:

@@ -423,9 +423,11 @@ class StableAudioModality(SoundModality):
         return Cond({"states": torch.zeros_like(F.pad(states, (0, 0, 0, 2)))})
 
     def _arguments(self, latents: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+        """The network is told the time as the folder's scheduler tells it: the published one says t itself."""
+        sigma = (t * (math.pi / 2)).tan()
         return {
             "hidden_states": latents,
-            "timestep": t,
+            "timestep": self.pipeline.scheduler.precondition_noise(sigma),
             "encoder_hidden_states": cond["states"],
             "global_hidden_states": cond["seconds"],
             "rotary_embedding": _positions(self.unwrapped.config, latents.shape[-1]),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import CosineDPMSolverMultistepScheduler, DiffusionPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from transformers import GPT2Model
@@ -179,12 +179,12 @@ def test_the_surrogate_is_what_the_pipelines_own_parts_give(audioldm2, stable_au
     for row, prompt in enumerate(prompts):
         embeds = pipeline.encode_prompt(prompt, "cpu", False)
         start, end = pipeline.encode_duration(0.0, 1.0, "cpu", False, 1)
-        # The scheduler's sigma: it feeds x / sqrt(sigma^2 + 1), and atan(sigma) for time
+        # The scheduler's sigma: it feeds x / sqrt(sigma^2 + 1), and says its own count of time
         sigma = torch.tan(probe.t[row] * torch.pi / 2)
         noisy = (probe.x0[row] + sigma * probe.noise[row])[None]
         said = pipeline.transformer(
             noisy / (sigma**2 + 1).sqrt(),
-            (sigma.atan() / torch.pi * 2)[None],
+            pipeline.scheduler.precondition_noise(sigma)[None],
             encoder_hidden_states=torch.cat([embeds, start, end], dim=1),
             global_hidden_states=torch.cat([start, end], dim=2),
             rotary_embedding=get_1d_rotary_pos_embed(4, 17, use_real=True, repeat_interleave_real=False),
@@ -193,6 +193,13 @@ def test_the_surrogate_is_what_the_pipelines_own_parts_give(audioldm2, stable_au
         error = (probe.x0[row] - denoised) * (sigma**2 + 1).sqrt() / sigma
         logp = -0.5 * error.square().mean()
         assert torch.allclose(probe.logp(stable_audio.predict(probe, "policy"))[row], logp, atol=1e-5)
+
+
+def test_the_published_scheduler_says_t_itself(stable_audio, monkeypatch):
+    monkeypatch.setattr(stable_audio.pipeline, "scheduler", CosineDPMSolverMultistepScheduler())
+    t = torch.tensor([0.1, 0.5, 0.9])
+    told = stable_audio._arguments(torch.zeros(3, 4, 16), t, {"states": None, "seconds": None})
+    assert torch.allclose(told["timestep"], t, atol=1e-6)
 
 
 def test_stable_audio_is_told_the_seconds_of_a_lists_first_sound(stable_audio):
