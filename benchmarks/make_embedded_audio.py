@@ -67,8 +67,7 @@ def waves(n: int, seed: int, split: str = "train") -> tuple[torch.Tensor, list[s
 class Codes:
     """What the VAE's latents are: eight principal components of a sound's bands, of mean 0 and variance 1.
 
-    The encoder learns to compute them and the decoder to make a sound of them, each by itself. Trained through each
-    other, they had not begun to sound like anything in the same time.
+    The encoder learns to compute them and the decoder to make a sound of them, each by itself.
     """
 
     def __init__(self, work: Path):
