@@ -4,7 +4,7 @@
     mmalign train embedded_audio_dpo --dataset-name quickstart/pairs --output-dir my-run
 
 Aimed at: no table of a paper; Tango 2 (arXiv 2404.09956) is the like at full size.
-The numbers are not chosen yet. The one look so far, these settings with 77 pairs and 40 steps on 120 development prompts,
+The numbers are not chosen yet. The one look so far, these with 77 pairs and 40 steps, on 120 development prompts,
 showed no effect (held-out judge 52.1 %, 95 % 42.9 to 60.8); no test prompt has been looked at.
 """
 
