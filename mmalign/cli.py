@@ -36,7 +36,7 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
 
 def quickstart(
     output_dir: str = "quickstart",
-    modality: Literal["image", "audio", "vlm"] = "image",
+    modality: Literal["image", "vlm"] = "image",
     small: bool = False,
     seed: int = 0,
 ) -> None:

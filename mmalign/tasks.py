@@ -170,7 +170,7 @@ VLM = Task(
         "fluent": "is a caption",
     },
     headline="embedded-clip",
-    size=Size(192, 4, 200, sampling=VLM_SAMPLING),
+    size=Size(320, 4, 200, sampling=VLM_SAMPLING),
     small=Size(8, 2, 8, steps=4, sampling=VLM_SAMPLING),
 )
 TASKS: dict[str, Task] = {"image": IMAGE, "audio": AUDIO, "vlm": VLM}

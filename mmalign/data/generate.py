@@ -20,7 +20,7 @@ from typing import Any
 from mmalign.data.batch_size import BatchSize
 from mmalign.data.candidates import LAYOUTS, Candidate, candidate_id, candidate_ids, contents_of, note, write_part
 from mmalign.data.prompts import Prompt
-from mmalign.records import UserError, open_image
+from mmalign.records import UserError, Video, open_image
 from mmalign.storage import sweep
 from mmalign.surrogate.draws import generator
 
@@ -246,7 +246,9 @@ def _batches(
             told["batch_size"] = len(batch)
         if any(job.condition for job in batch):
             check_settings(modality, {"images": batch}, model.label)
-            told["images"] = [[open_image(one) for one in job.condition or ()] for job in batch]
+            told["images"] = [
+                [one if isinstance(one, Video) else open_image(one) for one in job.condition or ()] for job in batch
+            ]
         media = size.run(len(batch), partial(_attempt, modality, batch, told))
         if media is None:
             _let_go()

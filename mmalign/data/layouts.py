@@ -8,7 +8,7 @@ that its media are one and the same. Names of files go through `beside`, which f
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,10 +32,15 @@ def ours(row: dict, beside: Beside) -> dict:
         "score": need(row, "score", list),
         "weight": row.get("weight"),
         "user": row.get("user"),
-        "condition": condition and tuple(medium_of(one, beside) for one in condition),
+        "condition": condition and tuple(_shown(one, beside) for one in condition),
         "source": row.get("source"),
         "aspects": aspects,
     }
+
+
+def _shown(value: Any, beside: Beside) -> Any:
+    """A picture or video before a prompt; a video is known by what `comparisons.jsonl` says, its name or its bytes."""
+    return medium_of(value, beside) if isinstance(value, Mapping) and "video" in value else file_of(value, beside)
 
 
 def _ours(row: dict, beside: Beside) -> list | None:
@@ -168,7 +173,7 @@ def trl(row: dict, beside: Beside) -> dict:
         "prompt": _said(row, "prompt"),
         "media": answers,
         "score": (1.0, 0.0) if answers[0] != answers[1] else (1.0, 1.0),
-        "condition": tuple(medium_of(one, beside) for one in images) if images else None,
+        "condition": tuple(_shown(one, beside) for one in images) if images else None,
     }
 
 

@@ -100,6 +100,9 @@ class Chat:
             turns.append([{"role": "user", "content": parts}])
             images.append(pictures)
         texts = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        bos = self.processor.tokenizer.bos_token
+        if bos and texts[0].startswith(bos):  # Gemma's template has it already
+            settings = settings | {"add_special_tokens": False}
         shown = settings | ({"images": images} if any(images) else {})
         if videos:
             told = [{"total_num_frames": len(v), "fps": getattr(v, "fps", None)} for v in videos]

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from mmalign.data import export
+from mmalign.data.candidates import encoded
 from mmalign.data.export import write_comparisons
 from mmalign.data.importers import read_comparisons
-from mmalign.records import Comparison, Sound, Text, UserError, Video
+from mmalign.records import Comparison, Sound, Text, UserError, Video, open_image
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -97,3 +98,14 @@ def test_a_sound_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"comparison 'c', medium 0: .*a\.wav cannot be read") as error:
         write_comparisons(tmp_path / "d", [item])
     assert error.value.reason == "missing_file"
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_a_video_before_a_question_stays_one(tmp_path, layout):
+    film = b"....ftypisom"
+    item = Comparison("a", "what?", (Text("x"), Text("y")), (1, 0), condition=(Video(film), picture()))
+    write_comparisons(tmp_path, [item], layout=layout)
+    (back,) = read_comparisons(tmp_path).comparisons
+    assert isinstance(back.condition[0], Video)
+    assert encoded(back.condition[0]) == film
+    assert open_image(back.condition[1]).size == (3, 2)
