@@ -1,11 +1,11 @@
 """Diffusion-DPO with a LoRA on the embedded audio model, which is trained too little to show a gain yet.
 
-    python benchmarks/align_embedded.py develop --modality audio --output DIR --betas 500 --learning-rates 5e-4 --steps 60
+    python benchmarks/align_embedded.py develop --modality audio --output DIR --betas 500 --steps 60
 
 Aimed at: no table of a paper; Tango 2 (arXiv 2404.09956) is the like at full size.
-The numbers are not chosen. On development prompts the held-out judge saw no effect of DPO on 77 pairs of the model's own
-sounds (52.1 %, 95 % 42.9 to 60.8, n = 120), of true sounds against its worst (58.3 %, 47.9 to 67.7, n = 96), or of SFT on
-those (51.6 %, 41.7 to 60.9, n = 96). No test prompt has been looked at.
+The numbers are not chosen. On development prompts the held-out judge saw no effect of DPO on 77 pairs of the model's
+own sounds (52.1 %, 95 % 42.9 to 60.8, n = 120), of true sounds against its worst (58.3 %, 47.9 to 67.7, n = 96), or of
+SFT on those (51.6 %, 41.7 to 60.9, n = 96). No test prompt has been looked at.
 """
 
 from mmalign.embedded import path
