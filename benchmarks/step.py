@@ -439,10 +439,13 @@ def main() -> None:
                 print(case, several[-1], flush=True)
             arguments.output.write_text(report(arguments, found, counted, {}))  # should the next round not end
         for case in cases:
-            if case not in found:
-                with contextlib.suppress(subprocess.CalledProcessError):  # too large for this machine: left out
-                    found[case] = [ask(case)]
-                    print(case, found[case][-1], flush=True)
+            twin = next((name for name in found if NAMES[name] == NAMES[case]), None)
+            if twin:
+                found.setdefault(case, found[twin][-1:])
+                continue
+            with contextlib.suppress(subprocess.CalledProcessError):  # too large for this machine: left out
+                found[case] = [ask(case)]
+                print(case, found[case][-1], flush=True)
         arguments.output.write_text(report(arguments, found, counted, ask("scale")))
     print(arguments.output.read_text())
 

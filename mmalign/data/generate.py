@@ -27,7 +27,8 @@ from mmalign.surrogate.draws import generator
 PART = 64  # candidates in a part
 SAVE_SECONDS = 300.0  # a part is written after so long even if it is not full
 
-OURS = {"prompts", "seeds", "batch_size", "images", "user", "progress"}  # arguments that are not settings
+# Arguments that are not settings
+OURS = {"prompts", "seeds", "batch_size", "images", "user", "progress", "hidden", "starts", "stop"}
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
