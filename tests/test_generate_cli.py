@@ -78,6 +78,7 @@ def test_answers_to_pictures(tmp_path, capsys):
     assert sorted((one.prompt, one.user, one.condition is None) for one in rows[:2] + rows[2:]) == sorted(
         [("what?", "ann", False)] * 2 + [("why?", None, True)] * 2, key=str
     )
+    capsys.readouterr()  # what making the tiny model showed
     assert "takes no --height; its settings are --max-new-tokens, --temperature." in refused(
         capsys, *argv, "--height", "64"
     )
