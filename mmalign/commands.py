@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmalign.data.prompts import Prompt
 
 SHOWN_ROWS = 50  # of the scores, one by one; more are summed up
+JUDGED = {"picture": "image", "sound": "audio", "answer": "text"}  # a modality's medium, as scorers' cards call it
 ANSWER_TOKENS = 512  # of an annotator: four reasons of two sentences, and some
 
 
@@ -35,7 +36,8 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    for module in ("diffusers", "torch.nn.utils.weight_norm"):  # the latter: Stable Audio's VAE
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def this_process() -> PartialState:
@@ -229,6 +231,11 @@ def compare_models(
     def load(source: str, **options: Any) -> Any:
         modality = mmalign.load(source, **options)
         check_settings(modality, told, source)
+        for name, judge in judges.items():  # now, and not when all has been made
+            if judge.card.judges != JUDGED.get(modality.medium, modality.medium):
+                raise UserError(
+                    f"{source}: makes {modality.medium}s, but {name} judges {judge.card.judges}; give another --scorer."
+                )
         return modality
 
     if any((Path(aligned) / name).is_file() for name in ("model_index.json", "config.json")):

@@ -5,7 +5,7 @@
 
 Aimed at: no table of a paper; the effect is measured in benchmarks/embedded_vlm.md.
 Expected curve: loss from ln 2 = 0.693 downwards, implicit accuracy upwards from one half.
-The numbers were chosen on development pictures (benchmarks/align_embedded_vlm.py), not on those that the report shows.
+The numbers were chosen on development pictures (benchmarks/embedded_vlm.md), not on those that the report shows.
 """
 
 from mmalign.embedded import path

@@ -8,6 +8,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from mmalign.cli import main
 from mmalign.data.candidates import is_candidates, read_candidates
@@ -157,3 +158,22 @@ def test_a_bad_prompt_file_is_named_with_its_row(tmp_path, name, content, senten
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         read_prompts(tmp_path / name)
+
+
+def test_answers_about_pictures_are_compared(tmp_path, capsys):
+    picture(0, (28, 28)).save(tmp_path / "fox.png")
+    (tmp_path / "p.csv").write_text("caption,images\nwhat?,fox.png\nwhy?,\n")
+    base, aligned = (tiny_vlm(tmp_path / name, seed) for seed, name in enumerate(("base", "aligned")))
+    card = {"name": "likely", "about": "a", "family": "vlm", "judges": "text", "licence": "none"}
+    card |= {"model": {"transformers": str(base)}, "score": {"formula": "likelihood"}, "preprocess": {}}
+    (tmp_path / "scorer").mkdir()
+    (tmp_path / "scorer" / "card.yaml").write_text(yaml.safe_dump(card | {"comparable_across_prompts": False}))
+    argv = ["compare", base, aligned, "--prompts", tmp_path / "p.csv", "--max-new-tokens", "3"]
+    capsys.readouterr()
+    assert "makes answers, but embedded-hps judges image; give another --scorer." in refused(capsys, *argv)
+    out = tmp_path / "out"
+    main([str(word) for word in (*argv, "--scorer", tmp_path / "scorer", "--output-dir", out)])
+    page = (out / "report.html").read_text()
+    assert page.count("<blockquote>") == 4
+    assert page.count('alt="shown: ') == 1
+    assert page.count('alt="shown: what?"') == 1

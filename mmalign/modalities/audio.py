@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmalign.media import make_sound, sound_of
-from mmalign.modalities import Only, Skeleton, class_name
+from mmalign.modalities import Skeleton, class_name
 from mmalign.modalities.latent import LatentModality, frozen, load_modality, makers, model_index, on_meta
 from mmalign.records import Comparison, Sound, UserError
 from mmalign.surrogate.likelihood import Cond
@@ -43,28 +43,9 @@ WINDOW = 1024  # samples of the mel front end's Fourier transform
 GPT2_TOKENS, FLAN_T5_TOKENS, T5_TOKENS = 8, 512, 128  # what the published models read, for the memory plan
 
 
-def load(
-    source: str | Path,
-    lora: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    vae: str | Path | None = None,
-    only: Only = None,
-) -> SoundModality:
-    """Loads a pipeline of sounds.
-
-    Args:
-        source: pipeline folder or hub id.
-        lora: LoRA to put on as the policy's adapter, a folder of PEFT's files.
-        dtype: of network, text encoders and vocoder; default bfloat16 on an accelerator, else float32.
-        device: default the accelerator when there is one.
-        vae: another VAE (hub id or folder); it runs in `dtype`, the pipeline's own in float32.
-        only: see `mmalign.load`.
-
-    Raises:
-        UserError: a part is missing or does not fit.
-    """
-    return load_modality(KINDS[class_name(source)], partial(skeleton, source), source, lora, dtype, device, vae, only)
+def load(source: str | Path, **settings: Any) -> SoundModality:
+    """Loads a pipeline of sounds; its LoRA is a folder of PEFT's files. See `load_modality` for the settings."""
+    return load_modality(KINDS[class_name(source)], partial(skeleton, source), source, **settings)
 
 
 def skeleton(source: str | Path) -> Skeleton:

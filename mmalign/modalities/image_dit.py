@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
-from mmalign.modalities import Only, Skeleton, class_name
+from mmalign.modalities import Skeleton, class_name
 from mmalign.modalities.image_transformer import BinnedModality, PackedModality, TransformerModality, pack
 from mmalign.modalities.latent import frozen, load_modality, makers, model_index, on_meta
 from mmalign.modalities.latent_image import pixels_per_latent
@@ -49,28 +49,9 @@ JOINT_ATTENTION = (
 )
 
 
-def load(
-    source: str | Path,
-    lora: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    vae: str | Path | None = None,
-    only: Only = None,
-) -> TransformerModality:
-    """Loads a transformer's pipeline; text encoders that its `model_index.json` leaves out stay out.
-
-    Args:
-        source: pipeline folder or hub id.
-        lora: LoRA to put on as the policy's adapter, in diffusers keys (PixArt: PEFT's folder).
-        dtype: of transformer and text encoders; default bfloat16 on an accelerator, else float32.
-        device: default the accelerator when there is one.
-        vae: another VAE (hub id or folder); it runs in `dtype`, the pipeline's own in float32.
-        only: see `mmalign.load`.
-
-    Raises:
-        UserError: a part is missing or does not fit.
-    """
-    return load_modality(KINDS[class_name(source)], partial(skeleton, source), source, lora, dtype, device, vae, only)
+def load(source: str | Path, **settings: Any) -> TransformerModality:
+    """Loads a transformer's pipeline; PixArt's LoRA is a folder of PEFT's. See `load_modality` for the settings."""
+    return load_modality(KINDS[class_name(source)], partial(skeleton, source), source, **settings)
 
 
 def skeleton(source: str | Path) -> Skeleton:

@@ -20,7 +20,6 @@ from mmalign.modalities import Only, Skeleton
 from mmalign.modalities.latent import LORA_FILE, frozen, load_modality, makers, model_index, on_meta
 from mmalign.modalities.latent_image import LatentImageModality, pixels_per_latent
 from mmalign.modalities.single_file import configurations
-from mmalign.modalities.user import arguments
 from mmalign.surrogate.likelihood import Cond
 from mmalign.surrogate.paths import VariancePreserving
 
@@ -163,19 +162,14 @@ class UNetModality(LatentImageModality):
             cond = Cond({name: torch.zeros_like(value) for name, value in cond.items()})
         return cond
 
-    def predict(self, probe: Any, view: str) -> Tensor:
-        """[N, C, H, W], the network's output for noisy latents; the only call of the trained network."""
-        cond = probe.cond.view(view).to(self.device, self.unet.dtype)
-        added = {name: cond[name] for name in ("text_embeds", "time_ids") if name in cond} or None
-        latents = probe.x_t.to(self.device, self.unet.dtype)
-        return self.network(
-            latents,
-            probe.t.to(self.device),
-            cond["prompt_embeds"],
-            added_cond_kwargs=added,
-            return_dict=False,
-            **arguments(self.unet.forward, cond.get("user")),
-        )[0]
+    def _arguments(self, latents: Tensor, t: Tensor, cond: Cond) -> dict[str, Any]:
+        added = {name: cond[name] for name in ("text_embeds", "time_ids") if name in cond}
+        return {
+            "sample": latents,
+            "timestep": t,
+            "encoder_hidden_states": cond["prompt_embeds"],
+            "added_cond_kwargs": added or None,
+        }
 
     def _read_lora(self, file: str) -> tuple[dict[str, Tensor], Any, Any]:
         return self.pipeline.lora_state_dict(file, unet_config=self.unet.config, return_lora_metadata=True)

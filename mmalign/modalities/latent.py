@@ -324,16 +324,16 @@ def load_modality(
     only: Only = None,
     read: Callable[..., Any] | None = None,
 ) -> M:
-    """Loads a pipeline, its VAE and an adapter; the families' `load` say what the arguments are.
+    """Loads a pipeline, its VAE and an adapter; text encoders that its `model_index.json` leaves out stay out.
 
     Args:
         kind: what to make of the pipeline.
         shapes: the family's skeleton of the source.
         source: pipeline folder or hub id.
-        lora: LoRA file or folder.
-        dtype: of network and text encoders.
-        device: where it shall run.
-        vae: another VAE.
+        lora: LoRA to put on as the policy's adapter, in diffusers keys or, where its pipeline reads none, PEFT's.
+        dtype: of all but the pipeline's own VAE, which is float32; default bfloat16 on an accelerator, else float32.
+        device: default the accelerator when there is one.
+        vae: another VAE (hub id or folder); it runs in `dtype`.
         only: see `mmalign.load`.
         read: (dtype, parts) -> pipeline with these parts for its own, None leaving one out; default diffusers'
             `from_pretrained` of the source.

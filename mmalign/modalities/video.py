@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.media import frames_of, make_video
-from mmalign.modalities import Only, Skeleton, class_name
+from mmalign.modalities import Skeleton, class_name
 from mmalign.modalities.latent import LatentModality, frozen, load_modality, makers, model_index, on_meta
 from mmalign.modalities.latent_image import cover, pixels, pixels_per_latent
 from mmalign.records import Comparison, Sound, Text, UserError, Video
@@ -97,28 +97,13 @@ class Clip:
         return (self.num_frames - 1) // self.stride + 1, self.height // self.scale, self.width // self.scale
 
 
-def load(
-    source: str | Path,
-    lora: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    vae: str | Path | None = None,
-    only: Only = None,
-) -> VideoModality:
-    """Loads a text-to-video pipeline.
-
-    Args:
-        source: pipeline folder or hub id.
-        lora: LoRA to put on as the policy's adapter, in diffusers keys.
-        dtype: of transformer and text encoder; default bfloat16 on an accelerator, else float32.
-        device: default the accelerator when there is one.
-        vae: another VAE (hub id or folder); it runs in `dtype`, the pipeline's own in float32.
-        only: see `mmalign.load`.
+def load(source: str | Path, **settings: Any) -> VideoModality:
+    """Loads a text-to-video pipeline; see `load_modality` for the settings.
 
     Raises:
-        UserError: a part is missing or does not fit, or there are two transformers (Wan 2.2 A14B).
+        UserError: as there, or there are two transformers (Wan 2.2 A14B).
     """
-    return load_modality(_kind(source), partial(skeleton, source), source, lora, dtype, device, vae, only)
+    return load_modality(_kind(source), partial(skeleton, source), source, **settings)
 
 
 def _kind(source: str | Path) -> type[VideoModality]:
