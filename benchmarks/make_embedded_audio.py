@@ -227,11 +227,13 @@ def angles(n: int, generator: torch.Generator) -> torch.Tensor:
     return share.clamp(0.005, 0.995) * math.pi / 2
 
 
-def encode(codes: "Codes", n: int, seed: int, split: str) -> dict[str, torch.Tensor]:
-    """Latents [n, 8, 64] and tokens [n, 16] of `n` pieces."""
-    x, pieces = waves(n, seed, split)
+def encode(codes: "Codes", n: int, seed: int, split: str, share: float = 0.0) -> dict[str, torch.Tensor]:
+    """Latents [n, 8, 64] and tokens [n, 16] of `n` pieces, of which a share is not what its caption says."""
+    pieces, rng = sounds.random_pieces(n, seed, split), np.random.RandomState(seed)
     tokens = tokenizer()([sounds.caption(piece.events) for piece in pieces], padding="max_length", return_tensors="pt")
-    latents = torch.cat([codes(batch) for batch in x.split(100)])
+    for i in np.flatnonzero(rng.rand(n) < share):
+        pieces[i] = sounds.random_piece(rng, sounds.astray(rng, pieces[i].events, split))
+    latents = torch.cat([codes(torch.from_numpy(sounds.render(piece))[None, None]) for piece in pieces])
     return {"latents": latents, "ids": tokens.input_ids, "mask": tokens.attention_mask}
 
 
@@ -253,7 +255,7 @@ def train_dit(work: Path, minutes: float) -> None:
     """Velocity prediction on precomputed latents; a tenth without the text, whose states are then zero."""
     torch.manual_seed(1)
     codes = Codes(work)
-    data, held_out = encode(codes, 8000, 20, "train"), encode(codes, 256, 21, "development")
+    data, held_out = encode(codes, 16000, 20, "train", sounds.ASTRAY), encode(codes, 256, 21, "development")
     trainer, batch = dit_trainer(work, minutes), 16
     while trainer.elapsed < 1:
         generator = torch.Generator().manual_seed(trainer.step)
@@ -267,7 +269,7 @@ def train_dit(work: Path, minutes: float) -> None:
             return (trainer.module(x_t, *rest) - velocity).square().mean()
 
         loss = trainer.update([error])
-        if trainer.step % 200 == 0:
+        if trainer.step % 500 == 0:
             trainer.save()
             error = held_out_error(trainer.ema, held_out)
             print(f"dit {trainer.step} {trainer.elapsed:.3f} loss {loss:.4f} held-out {error:.4f}", flush=True)

@@ -4,6 +4,10 @@ An event is one of eight kinds in one of two variants: "a high beep", "three cli
 order, "a high beep, then a low buzz, then two clicks"; no kind comes twice in it. Loudness, lengths and gaps are not
 captioned. Every event starts on a multiple of `GRID` samples with the same phase.
 
+A share of the sounds that the base model is trained on is not what its caption says: an event is missing, or two are
+exchanged, as captions of found sounds have it. So the model does both too, and "all events, in order" is a real
+preference with a known answer.
+
 Prompts are split by combination, the set of kinds in them, so that no set of one part is one of another:
 
     test          8 sets of three kinds, 4 of two      never trained on, by anything
@@ -25,6 +29,7 @@ GRID = 256  # samples in a cell: 1/32 second, one latent of the model
 CELLS = 64  # a sound is 2 seconds long
 KINDS = ("beep", "buzz", "hiss", "whoop", "drop", "trill", "bell", "clicks")
 LENGTHS = (12, 13, 14)  # cells that an event lasts
+ASTRAY = 0.5  # of the base model's training sounds are not what they are called
 SPLITS = ("train", "pairs", "development", "test")
 # Sets of kinds as places on the circle of KINDS, each turned to all 8 positions: every kind is met equally often
 PARTS = {"test": ((0, 1, 3), (0, 4)), "development": ((0, 2, 5), (0, 3)), "pairs": ((0, 1, 4), (0, 1, 6), (0, 1))}
@@ -99,6 +104,15 @@ def random_pieces(n: int, seed: int, split: str) -> list[Piece]:
 def _random_events(rng: RandomState, sets: list[frozenset[str]]) -> tuple[Event, ...]:
     kinds = sorted(sets[rng.randint(len(sets))])
     return tuple((variants(kinds[i])[rng.randint(2)], kinds[i]) for i in rng.permutation(len(kinds)))
+
+
+def astray(rng: RandomState, sequence: tuple[Event, ...], split: str) -> tuple[Event, ...]:
+    """The sequence with an event missing or two neighbours exchanged, as long as its set of kinds is of the split."""
+    exchanged = [(*sequence[:i], *sequence[i : i + 2][::-1], *sequence[i + 2 :]) for i in range(len(sequence) - 1)]
+    missing = [sequence[:i] + sequence[i + 1 :] for i in range(len(sequence))]
+    allowed = combinations(split)
+    ways = [way for way in exchanged + missing if frozenset(kind for _, kind in way) in allowed]
+    return ways[rng.randint(len(ways))] if ways else sequence
 
 
 def random_piece(rng: RandomState, sequence: tuple[Event, ...]) -> Piece:

@@ -50,6 +50,20 @@ def test_sounds_repeat_and_all_of_a_piece_matters():
     assert rendered(every).abs().max() <= 1
 
 
+def test_what_goes_astray_lacks_an_event_or_has_two_exchanged():
+    rng, lacking = np.random.RandomState(0), []
+    for piece in sounds.random_pieces(200, 8, "train"):
+        heard = sounds.astray(rng, piece.events, "train")
+        assert frozenset(kind for _, kind in heard) in sounds.combinations("train")
+        if len(piece.events) == 1:
+            assert heard == piece.events
+            continue
+        assert set(heard) <= set(piece.events)
+        assert listen.in_order(heard, piece.events) == len(piece.events) - 1
+        lacking.append(len(heard) < len(piece.events))
+    assert 0.3 < np.mean(lacking) < 0.7
+
+
 @pytest.mark.parametrize("hear", [listen.template_events, listen.network_events])
 def test_a_judge_hears_what_was_rendered(hear):
     pieces = sounds.random_pieces(60, 6, "development")
