@@ -14,6 +14,7 @@ Every measurement is a fresh process from data on the disk, on the same weights,
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import tempfile
 import time
@@ -50,7 +51,7 @@ REDUCED = {
 }
 
 CHANGE_NO_COUNT = {"attention", "compile", "channels_last", "train_batch_size", "mixed_precision"}
-CHANGE_NO_COUNT |= {"fused_backward", "max_grad_norm", "environment", "published"}
+CHANGE_NO_COUNT |= {"fused_backward", "max_grad_norm", "environment", "published", "gradient_accumulation_steps"}
 IMPORTED = [f"diffusers.pipelines.{name}.pipeline_{name}" for name in ("stable_diffusion_xl", "stable_diffusion_3")]
 IMPORTED += ["peft", "accelerate", "torch._dynamo"]  # the last comes with an optimizer's first call
 ON_A_GPU = ("efficient", "flash", "cudnn", "xformers")
@@ -61,6 +62,9 @@ WHOLE = {"use_lora": False, "optimizer": "adafactor"}
 SMALL = {"gradient_checkpointing": True, "fused_backward": True, "max_grad_norm": 0.0}
 # Else glibc keeps what was freed in pieces that fit nothing; on a GPU it changes nothing
 SMALL["environment"] = {f"MALLOC_{name}_THRESHOLD_": "1000000" for name in ("MMAP", "TRIM")}
+SALESFORCE = WHOLE | {"published": True, "gradient_checkpointing": True}
+# The script sums 128 batches. An optimizer's arithmetic is in no count, and once a batch it is a quarter of our step
+SUMMED = {"gradient_accumulation_steps": 8}
 # The first of each kind is the published script's step, which the others of its kind are compared with
 CASES: dict[str, dict[str, dict]] = {
     "LoRA": {
@@ -70,11 +74,15 @@ CASES: dict[str, dict[str, dict]] = {
         "ours, reference cached too": ALL,
     },
     "whole network": {
-        "Salesforce's script": WHOLE | {"published": True, "gradient_checkpointing": True},
+        "Salesforce's script": SALESFORCE,
         "ours, latents and text cached": WHOLE | CACHED,
         "ours, reference cached too": WHOLE | ALL,
         "ours, small": WHOLE | ALL | SMALL,
         "ours, a LoRA instead": ALL,
+    },
+    "whole network, 8 batches summed": {
+        "Salesforce's script": SALESFORCE | SUMMED,
+        "ours, reference cached too": WHOLE | ALL | SUMMED,
     },
     "sweep (LoRA, all cached)": {
         "as above": ALL,
@@ -172,7 +180,8 @@ def published(run, watch, say) -> None:
     held, the reference, and read their numbers off the device one by one. With a LoRA as huggingface/diffusers
     examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py @ 58eb52c0: the reference is the network with
     its adapters off, four numbers are read after the update. Without as SalesforceAIResearch/DiffusionDPO train.py @
-    5233e759: the reference is a second network, gradients are checkpointed, numbers are read before backward too.
+    5233e759: the reference is a second network, gradients are checkpointed, numbers are read before backward too, and
+    as many batches are summed before an update as the recipe says.
     """
     import torch
     from torch.nn.functional import logsigmoid
@@ -192,7 +201,8 @@ def published(run, watch, say) -> None:
     modality.network, optimizer = accelerator.prepare(modality.network, optimizer)
     step = Step(run, modality, views, accelerator)
     batches = Batches(read_data(run, strict=True).comparisons, groups_per_batch=run.train_batch_size, seed=run.seed)
-    for number, (items, _) in enumerate(batches.iterate(0, run.max_train_steps), 1):
+    summed, read = run.gradient_accumulation_steps, []
+    for number, (items, _) in enumerate(batches.iterate(0, run.max_train_steps * summed), 1):
         probe, feedback = step.probe(items, [0] * len(items))
         win, lose = feedback.pairs()
         errors = -2 * probe.logp(modality.predict(probe, "policy"))
@@ -203,13 +213,16 @@ def published(run, watch, say) -> None:
         numbers = [loss, errors.mean(), known.mean(), (inside > 0).float().mean()]
         if not run.use_lora:
             [value.item() for value in numbers]
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        read = [value.item() for value in numbers]
-        watch(number, {"loss": read[0]})
+        accelerator.backward(loss / summed)
+        if number % summed == 0:
+            accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        read += [[value.item() for value in numbers]]
+        if number % summed == 0:
+            watch(number // summed, {"loss": np.mean(read, axis=0)[0]})
+            read = []
 
 
 def measured(preset: str, folder: Path, case: str) -> dict:
@@ -272,7 +285,11 @@ def scale(preset: str, folder: Path, task: str = "") -> dict:
 def compared(found: dict[str, list[dict]], counted: dict[str, dict[str, int]], unit: str) -> dict[str, dict]:
     """Case -> its figures; `unit`, seconds or CPU seconds, is what ratios and utilisation are of."""
     ceiling = max(one["ceiling"][UNITS.index(unit)] for several in found.values() for one in several)
-    size = {name: NAMES[name].get("train_batch_size", 1) * NAMES[name].get("members", 2) for name in found}
+    factors = ("train_batch_size", "gradient_accumulation_steps")
+    size = {
+        name: NAMES[name].get("members", 2) * math.prod(NAMES[name].get(factor, 1) for factor in factors)
+        for name in found
+    }
     each = {name: sum(parts.values()) / NAMES[name].get("members", 2) for name, parts in counted.items()}  # of a sample
     rows = {}
     for case, several in found.items():
@@ -299,8 +316,9 @@ def same_losses(found: dict[str, list[dict]], tolerance: float = 1e-5) -> str:
         SystemExit: the first ones are further apart than `tolerance`.
     """
     words = []
-    for kind, use_lora in (("LoRA", True), ("whole network", False)):
-        alike = [name for name in found if name.startswith(kind) and NAMES[name].get("use_lora", True) == use_lora]
+    for kind in CASES:
+        kept = kind == "LoRA"
+        alike = [name for name in found if name.split(": ")[0] == kind and NAMES[name].get("use_lora", True) == kept]
         if alike:
             losses = np.array([one["losses"] for name in alike for one in found[name]])
             first, second, last = np.ptp(losses, axis=0)[[0, 1, -1]]
@@ -326,7 +344,7 @@ def kept_losses(found: dict[str, list[dict]]) -> str:
 
 def aims(rows: dict[str, dict]) -> str:
     """A line on what was hoped for and what was found."""
-    best = {kind: rows[f"{kind}: ours, reference cached too"] for kind in ("LoRA", "whole network")}
+    best = {kind: rows[f"{kind}: ours, reference cached too"] for kind in CASES if "sweep" not in kind}
     reached = [f"{kind} {np.median(row['ratios']) / row['counted']:.0%}" for kind, row in best.items()]
     small, theirs = (rows[f"whole network: {name}"] for name in ("ours, small", "Salesforce's script"))
     parts = [f"{small[name] / theirs[name]:.2f} {words}" for name, words in (("above", "above"), ("gib", "with"))]
