@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mmalign
 from mmalign.records import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmalign.data.users import Users
+
+STABLE = 0.95  # cosine of a person's embedding with and without their last choice
 
 
 def user(argv: Sequence[str]) -> None:
@@ -52,7 +60,7 @@ def make(
     from mmalign.commands import quiet_libraries
     from mmalign.console import stage
     from mmalign.data.importers import read_comparisons
-    from mmalign.data.users import Users, read_users, rows_by_user, write_users
+    from mmalign.data.users import rows_by_user
     from mmalign.modalities.taste import embed
 
     if count < 1:
@@ -68,23 +76,106 @@ def make(
         have = f"user {user!r} has {len(rows.get(user, ()))} pairs" if user else f"no user has {count} pairs"
         raise UserError(f"{pairs}: {have}, and {count} are needed; collect more, or lower --count.")
     taste = load_encoder(encoder, layers, layer, pooling)
-    before = read_users(output) if Path(output).exists() else Users({}, taste.facts)
-    if dict(before.facts) != dict(taste.facts):
-        raise UserError(f"{output}: was made another way ({before.facts}); give the same encoder, or another --output.")
-    vectors = dict(before.vectors)
+    joined(output, {}, taste.facts)  # what is wrong with the file is said before anything is made
+    made = {}
     with stage("Users", len(enough)) as advance:
         for name in enough:
-            vectors[name] = embed([comparisons[row] for row in rows[name][:count]], taste)
+            made[name] = embed([comparisons[row] for row in rows[name][:count]], taste)
             advance(1)
-    if len({len(vector) for vector in vectors.values()}) > 1:
-        raise UserError(f"{output}: holds embeddings of another length; give another --output.")
-    write_users(output, Users(vectors, taste.facts))
+    users = add_users(output, made, taste.facts)
     left = len(wanted) - len(enough)
     print(f"{len(enough)} users embedded from {count} pairs each, {left} with fewer left out.")
-    print(f"{output} has {len(vectors)} users.")
+    print(f"{output} has {len(users.vectors)} users.")
 
 
-def load_encoder(name: str, layers: Sequence[str], layer: int | None, pooling: Literal["mean", "last"]) -> Any:
+def joined(path: str | Path, vectors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Users:
+    """The users of a file, which may be missing, and others.
+
+    Raises:
+        UserError: they were made in different ways, or have different lengths.
+    """
+    from mmalign.data.users import Users, read_users
+
+    before = read_users(path) if Path(path).exists() else Users({}, facts)
+    if dict(before.facts) != dict(facts):
+        raise UserError(f"{path}: was made another way ({before.facts}); give the same encoder, or another --output.")
+    both = {**before.vectors, **vectors}
+    if len({len(vector) for vector in both.values()}) > 1:
+        raise UserError(f"{path}: holds embeddings of another length; give another --output.")
+    return Users(both, facts, str(path))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one person chose between pairs so far.
+
+    Attributes:
+        parts: [D] a choice, as an encoder sees it.
+        embedding: [D] of all choices.
+        cosine: of the embedding and the one before the last choice. Choices that have nothing in common come to 0.95
+            after eleven, so what is there earlier is taste.
+    """
+
+    parts: tuple[Tensor, ...] = ()
+    embedding: Tensor | None = None
+    cosine: float = 0.0
+
+    def plus(self, prompt: str, chosen: Any, rejected: Any, encoder: Any) -> Choices:
+        """The choices with one more.
+
+        Raises:
+            UserError: the two pictures do not differ.
+        """
+        import torch
+
+        from mmalign.modalities.taste import averaged
+
+        with torch.no_grad():
+            parts = (*self.parts, encoder(prompt, chosen, rejected).float().cpu())
+        embedding = averaged(parts, "these pairs")
+        if self.embedding is None:
+            return Choices(parts, embedding)
+        return Choices(parts, embedding, torch.cosine_similarity(embedding, self.embedding, 0).item())
+
+    @property
+    def stable(self) -> bool:
+        """Whether another choice would change little: at least the paper's four, and a cosine of 0.95."""
+        from mmalign.modalities.taste import PAIRS
+
+        return len(self.parts) >= PAIRS and self.cosine >= STABLE
+
+
+def add_users(path: str | Path, vectors: Mapping[str, Tensor], facts: Mapping[str, Any], *, new: bool = False) -> Users:
+    """Puts users into a file, one writer at a time; those who were there stay.
+
+    Args:
+        path: of the file; made if missing.
+        vectors: user -> [D].
+        facts: how they were made.
+        new: nobody is replaced.
+
+    Returns:
+        Everybody in the file.
+
+    Raises:
+        UserError: as `joined`, or with `new` a user has that name already.
+    """
+    from filelock import FileLock
+
+    from mmalign.data.users import write_users
+
+    with FileLock(Path(path).with_name(f".{Path(path).name}.lock")):
+        taken = joined(path, {}, facts).vectors.keys() & vectors.keys() if new else ()
+        if taken:
+            raise UserError(f"There is a user {min(taken)!r} already; choose another name.")
+        users = joined(path, vectors, facts)
+        write_users(path, users)
+    return users
+
+
+def load_encoder(
+    name: str, layers: Sequence[str] = (), layer: int | None = None, pooling: Literal["mean", "last"] = "mean"
+) -> Any:
     """What looks at pairs: a CLIP scorer of that name, else a vision-language model.
 
     Raises:
@@ -115,12 +206,20 @@ def blend(one: str, other: str, weight: float = 0.5, users: str = "users.safeten
         users: file of embeddings.
         name: of the new one; default ONE+OTHER@WEIGHT.
     """
-    from mmalign.data.users import Users, read_users, write_users
+    from mmalign.data.users import read_users
 
     known = read_users(users)
     name = name or f"{one}+{other}@{weight:g}"
     if name in (one, other):
         raise UserError(f"--name {name}: is one of the two; choose another, both stay as they are.")
-    vector = (1 - weight) * known[one] + weight * known[other]
-    write_users(users, Users({**known.vectors, name: vector}, known.facts))
+    add_users(users, {name: between(known, one, other, weight)}, known.facts)
     print(f"{users} has {name!r} now.")
+
+
+def between(users: Users, one: str, other: str, weight: float) -> Tensor:
+    """The taste [D] of (1 - weight) of the one and weight of the other.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    return (1 - weight) * users[one] + weight * users[other]

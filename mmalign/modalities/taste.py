@@ -56,10 +56,19 @@ def embed(pairs: Sequence[Comparison], encoder: Encoder) -> Tensor:
         best, worst = item.score.index(max(item.score)), item.score.index(min(item.score))
         chosen, rejected = (open_image(item.media[k], name=f"{item.id}[{k}]") for k in (best, worst))
         parts.append(encoder(item.prompt, chosen, rejected).float().cpu())
-    mean = torch.stack(parts).double().mean(0)  # in float64 the order of the pairs leaves no trace in float32
+    return averaged(parts, pairs[0].id)
+
+
+def averaged(parts: Sequence[Tensor], name: str) -> Tensor:
+    """The mean of K choices [D] as an encoder sees them, brought to a root mean square of 1.
+
+    Raises:
+        UserError: they say nothing at all; it begins with `name`.
+    """
+    mean = torch.stack(list(parts)).double().mean(0)  # in float64 the order of the pairs leaves no trace in float32
     size = mean.square().mean().sqrt()
     if not torch.isfinite(size) or size == 0:
-        raise UserError(f"{pairs[0].id}: the pictures of this user's pairs do not differ; give other pairs.")
+        raise UserError(f"{name}: the pictures of this user's pairs do not differ; give other pairs.")
     return (mean / size).float()
 
 
