@@ -27,12 +27,13 @@ from mmalign.commands import quiet_libraries
 from mmalign.data.importers import read_comparisons, write_comparisons
 from mmalign.evaluation.compare import Result, pool
 from mmalign.evaluation.metrics import colourfulness
+from mmalign.media import sound_of
 from mmalign.objectives import SFT
 from mmalign.quickstart import judged, make_pairs, settings_of, spread
 from mmalign.recipe import load_recipe
 from mmalign.storage import read_json, write_json
 from mmalign.surrogate import FreshNoise
-from mmalign.tasks import IMAGE, TASKS, Size, Task
+from mmalign.tasks import AUDIO, IMAGE, TASKS, Size, Task
 from mmalign.training.loop import train, versions
 from mmalign.training.views import WeightViews
 
@@ -48,6 +49,11 @@ def rows(name: str, result) -> list[str]:
     ]
 
 
+def loudness(sound) -> float:
+    """Of the whole sound, in dB below a full-scale square wave."""
+    return 10 * float(np.log10(np.square(sound_of(sound, sound.sample_rate_hz)[0]).mean() + 1e-9))
+
+
 class Judge:
     """The base's media of a split, made once, and what the judges say of others beside them."""
 
@@ -57,6 +63,8 @@ class Judge:
         self.judges = task.judges()
         if task is IMAGE:
             self.judges["colourfulness"] = lambda media, asked: [colourfulness(picture) for picture in media]
+        if task is AUDIO:
+            self.judges["loudness_db"] = lambda media, asked: [loudness(sound) for sound in media]
         self.base = self._made(mmalign.load(model))
 
     def _made(self, modality) -> list:

@@ -348,11 +348,20 @@ def sample(pipe, prompts: list[str], **sampling) -> torch.Tensor:
 
 
 def heard_right(prompts: list[str], heard: list[tuple[sounds.Event, ...]]) -> dict[str, float]:
-    """Shares of sounds with exactly the prompt's events, by their number, and of the events that came in order."""
+    """Shares of sounds with exactly the prompt's events, by their number, and of the events that came in order.
+
+    And of sounds that went wrong as the training sounds do: one event missing or two neighbours exchanged.
+    """
     asked = [sounds.events(prompt) for prompt in prompts]
     exact = {n: [found == want for found, want in zip(heard, asked, strict=True) if len(want) == n] for n in (2, 3)}
     in_order = sum(listen.in_order(*pair) for pair in zip(heard, asked, strict=True)) / sum(map(len, asked))
-    shares = {"exact_of_two": np.mean(exact[2]), "exact_of_three": np.mean(exact[3]), "in_order": in_order}
+    astray = [found in sounds.wrong_ways(want) for found, want in zip(heard, asked, strict=True)]
+    shares = {
+        "exact_of_two": np.mean(exact[2]),
+        "exact_of_three": np.mean(exact[3]),
+        "astray": np.mean(astray),
+        "in_order": in_order,
+    }
     return {name: round(float(value), 4) for name, value in shares.items()}
 
 
@@ -375,17 +384,11 @@ def measure_judges(n: int = 400) -> dict[str, dict[str, float]]:
 
 def spoilt(sequence: tuple[sounds.Event, ...], rng: np.random.RandomState) -> tuple[sounds.Event, ...]:
     """Two events exchanged, one left out, or one in its other variant."""
-    events, i = list(sequence), rng.randint(len(sequence))
-    match rng.randint(3):
-        case 0:
-            j = (i + 1) % len(events)
-            events[i], events[j] = events[j], events[i]
-        case 1:
-            del events[i]
-        case _:
-            low, high = sounds.variants(events[i][1])
-            events[i] = (low if events[i][0] == high else high, events[i][1])
-    return tuple(events)
+    ways = sounds.wrong_ways(sequence)
+    for i, (variant, kind) in enumerate(sequence):
+        low, high = sounds.variants(kind)
+        ways.append((*sequence[:i], (low if variant == high else high, kind), *sequence[i + 1 :]))
+    return ways[rng.randint(len(ways))]
 
 
 def export(work: Path) -> None:

@@ -30,13 +30,13 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
   recipes [copy NAME]   list the bundled recipes, or copy one to edit
   scorers [NAME]        list the bundled scorers, or tell all about one
   doctor                what is installed, whether it works together, and what to do
-  demo                  compare base and aligned model in the browser
+  demo                  compare, vote, score and personalise in the browser
 """
 
 
 def quickstart(
     output_dir: str = "quickstart",
-    modality: Literal["image", "vlm"] = "image",
+    modality: Literal["image", "audio", "vlm"] = "image",
     small: bool = False,
     seed: int = 0,
 ) -> None:
@@ -344,13 +344,27 @@ def doctor() -> None:
     sys.exit(main())
 
 
-def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> None:
-    """Opens the Compare page on this machine.
+def demo(
+    base: str | None = None,
+    lora: tuple[str, ...] = (),
+    model: tuple[str, ...] = (),
+    data_dir: str = "mmalign-demo",
+    runs: str = ".",
+    port: int | None = None,
+    host: str | None = None,
+    auth: str | None = None,
+) -> None:
+    """Opens the demo in the browser: compare, vote, score, personalise, and look at runs.
 
     Args:
-        lora: a LoRA (file or folder) for the base.
         base: the model; default the embedded one.
-        port: of the page, on 127.0.0.1.
+        lora: [NAME=]PATH of a LoRA (file or folder) for the base; once or more.
+        model: NAME=SOURCE[+LORA], another model beside it, such as a checkpoint; once or more.
+        data_dir: where votes, users and the media that were voted on are kept.
+        runs: folder whose output folders of training can be looked at.
+        port: of the page; default the first free one from 7860 on.
+        host: address to listen on; default 127.0.0.1, which this machine alone reaches. Another needs --auth.
+        auth: USER:PASSWORD, which the page then asks for.
     """
     try:
         import gradio  # noqa: F401
@@ -358,7 +372,9 @@ def demo(lora: str | None = None, base: str | None = None, port: int = 7860) -> 
         raise UserError("mmalign demo needs gradio: pip install 'mmalign[demo]'.") from error
     import runpy
 
-    runpy.run_path(str(bundled("demo") / "app.py"))["launch"](base=base, lora=lora, port=port)
+    sys.path.insert(0, str(bundled("demo")))  # its files import each other as they do in a Space
+    launch = runpy.run_path(str(bundled("demo") / "app.py"))["launch"]
+    launch(base=base, loras=lora, models=model, data_dir=data_dir, runs_dir=runs, port=port, host=host, auth=auth)
 
 
 FLAGS: dict[str, Callable[..., None]] = {

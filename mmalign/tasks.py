@@ -115,7 +115,7 @@ def _audio_judges() -> dict[str, Judge]:
 
         return score
 
-    functions = (listen.template_scores, listen.network_scores, listen.events_in_order)
+    functions = (listen.template_scores, listen.network_scores, listen.events_in_order, listen.clarity)
     return {function.__name__: judge(function) for function in functions}
 
 
@@ -124,7 +124,12 @@ AUDIO = Task(
     recipe="embedded_audio_dpo",
     asked=_audio_prompts,
     judges=_audio_judges,
-    roles={"template_scores": "made the pairs", "network_scores": "held out", "events_in_order": "heard in order"},
+    roles={
+        "template_scores": "made the pairs",
+        "network_scores": "held out",
+        "events_in_order": "heard in order",
+        "clarity": "of clear events, any",
+    },
     headline="network_scores",
     size=Size(192, 4, 192, drop_fraction=0.2, sampling={**AUDIO_SAMPLING, "batch_size": 32}),
     small=Size(8, 2, 8, steps=4, sampling={**AUDIO_SAMPLING, "num_inference_steps": 3, "batch_size": 32}),

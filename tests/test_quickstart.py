@@ -50,6 +50,13 @@ def test_its_lora_gives_the_same_pictures_in_plain_diffusers(folder):
     assert np.array_equal(ours[0], theirs[0])
 
 
+def test_sounds_can_be_heard_in_the_report(tmp_path):
+    main(["quickstart", "--modality", "audio", "--small", "--output-dir", str(tmp_path)])
+    assert (tmp_path / "report.html").read_text().count("<audio") == 2 * 8
+    assert [row["n"] for row in json.loads((tmp_path / "scores.json").read_text())["rows"]] == [8] * 4
+    assert (tmp_path / "aligned" / "adapter_model.safetensors").is_file()
+
+
 def test_a_second_run_does_not_overwrite_the_first(folder, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["quickstart", "--small", "--output-dir", str(folder)])

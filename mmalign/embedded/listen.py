@@ -15,7 +15,7 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor, nn
 
-from mmalign.embedded.sounds import EVENTS, GRID, LENGTHS, RATE, Event, events, sound
+from mmalign.embedded.sounds import EVENTS, GRID, LENGTHS, RATE, Event, caption, events, sound
 
 SPAN = min(LENGTHS)  # cells of an event that are compared
 BANDS = 40
@@ -66,6 +66,13 @@ def template_scores(waves: Tensor, prompts: list[str]) -> Tensor:
     """[N] mean similarity of the prompt's events at their best places in order, less what loudness elsewhere costs."""
     cosine, loudness = similarity(waves)
     return torch.tensor([_in_order(*row) for row in zip(cosine, loudness, map(events, prompts), strict=True)])
+
+
+def clarity(waves: Tensor, prompts: list[str]) -> Tensor:
+    """[N] what `template_scores` says of a sound that was asked for the events heard in it; 0 where there is none."""
+    heard = template_events(waves)
+    scores = template_scores(waves, [caption(found or EVENTS[:1]) for found in heard])
+    return scores * torch.tensor(list(map(bool, heard)))
 
 
 def _in_order(cosine: Tensor, loudness: Tensor, asked: tuple[Event, ...]) -> float:

@@ -106,12 +106,16 @@ def _random_events(rng: RandomState, sets: list[frozenset[str]]) -> tuple[Event,
     return tuple((variants(kinds[i])[rng.randint(2)], kinds[i]) for i in rng.permutation(len(kinds)))
 
 
-def astray(rng: RandomState, sequence: tuple[Event, ...], split: str) -> tuple[Event, ...]:
-    """The sequence with an event missing or two neighbours exchanged, as long as its set of kinds is of the split."""
+def wrong_ways(sequence: tuple[Event, ...]) -> list[tuple[Event, ...]]:
+    """The sequence with two neighbours exchanged, and with an event missing."""
     exchanged = [(*sequence[:i], *sequence[i : i + 2][::-1], *sequence[i + 2 :]) for i in range(len(sequence) - 1)]
     missing = [sequence[:i] + sequence[i + 1 :] for i in range(len(sequence))]
-    allowed = combinations(split)
-    ways = [way for way in exchanged + missing if frozenset(kind for _, kind in way) in allowed]
+    return exchanged + missing
+
+
+def astray(rng: RandomState, sequence: tuple[Event, ...], split: str) -> tuple[Event, ...]:
+    """One of the wrong ways whose set of kinds is of the split; without one, the sequence itself."""
+    ways = [way for way in wrong_ways(sequence) if frozenset(kind for _, kind in way) in combinations(split)]
     return ways[rng.randint(len(ways))] if ways else sequence
 
 
