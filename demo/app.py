@@ -1,30 +1,39 @@
-"""The demo: a model beside its aligned self, on one page.
+"""The demo: compare, vote, score, personalise, and look at runs, in a browser.
 
-    python demo/app.py                             the embedded model
-    python demo/app.py --lora DIR                  with a LoRA, such as the one that `mmalign quickstart` made
-    python demo/app.py --base MODEL --lora DIR     a pipeline folder, a single file or a hub id
+    python demo/app.py                                  the embedded model
+    python demo/app.py --lora DIR                       with a LoRA, such as the one that `mmalign quickstart` made
+    python demo/app.py --base MODEL --lora A --lora B   a pipeline folder, a single file or a hub id, and its LoRAs
+    python demo/app.py --model NAME=MODEL               another model beside it, such as a checkpoint
 
-It listens on 127.0.0.1 alone, shares nothing and takes no files or URLs; one picture is made at a time.
+It listens on 127.0.0.1 alone unless --host and --auth say otherwise, shares nothing and fetches no URL. Models are
+loaded when they are first asked for; one medium is made at a time.
 """
 
 import argparse
-import random
+import ipaddress
+import os
 from pathlib import Path
 from typing import Any
 
+import arena
+import compare
 import gradio as gr
+import personalise
+import runs
+import score
+from studio import Studio
 
-import mmalign
-from mmalign import embedded
 from mmalign.records import UserError
-from mmalign.scoring.scorer import list_scorers
-from mmalign.training.views import WeightViews
 
-MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_GUIDANCE = 300, 2**31 - 1, 50, 20.0
-USUAL_SAMPLING = {"num_inference_steps": 30, "guidance_scale": 5.0}  # for models other than the embedded one
-NO_LORA = "**No LoRA is loaded.** Run `mmalign quickstart`, then start the demo with `--lora` and its output."
+TABS = {
+    "Compare": compare.tab,
+    "Arena": arena.tab,
+    "Score": score.tab,
+    "Personalise": personalise.tab,
+    "Runs": runs.tab,
+}
+MAX_UPLOAD = "64mb"
 STYLE = """
-.picture img { width: 100% !important; height: 100% !important; object-fit: contain }
 .scores table { width: 100% }
 .scores :is(table, thead, tbody, tr, th, td) { border: 0 !important }
 .scores td { font-variant-numeric: tabular-nums }
@@ -36,147 +45,66 @@ LOOK = {
 }
 
 
-class Compare:
-    """The model with its adapter on and off, and the bundled scorers; loaded once.
+def build(studio: Studio) -> gr.Blocks:
+    """The page; nothing is loaded yet."""
+    with gr.Blocks(title="mmalign", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        for name, fill in TABS.items():
+            with gr.Tab(name, elem_id=f"tab-{name.lower()}"):
+                fill(studio)
+    return page.queue(max_size=64, default_concurrency_limit=1)
+
+
+def launch(
+    *, port: int | None = None, host: str | None = None, auth: str | None = None, options: Any = None, **given: Any
+) -> Any:
+    """Serves the page until it is interrupted.
 
     Args:
-        base: Pipeline folder, single file or hub id; None for the embedded model.
-        lora: LoRA file or folder; None shows the base alone.
+        port: default the first free one from 7860 on.
+        host: address to listen on; default 127.0.0.1.
+        auth: USER:PASSWORD, which the page then asks for.
+        options: more for gradio's `launch`.
+        given: of `Studio`.
 
     Raises:
-        mmalign.records.UserError: The model or the LoRA cannot be loaded.
+        UserError: another address than this machine's own without `auth`, or as `Studio`.
     """
-
-    def __init__(self, base: str | Path | None = None, lora: str | Path | None = None):
-        self.modality = mmalign.load(base or embedded.path(), lora=lora)
-        self.views = WeightViews(self.modality)
-        self.aligned = lora is not None
-        bundled = [c for c in list_scorers() if "hub" not in c.weights and "transformers" not in c.model]
-        cards = [card for card in bundled if card.judges == "image"]
-        self.about = {card.name: card.about for card in cards}
-        self.scorers = {card.name: mmalign.load_scorer(card.folder) for card in cards}
-
-    def __call__(self, prompt: str, seed: float, steps: float, guidance: float) -> tuple[Any, Any, str, str]:
-        """Base picture, aligned picture, and under each its scores as a Markdown table."""
-        prompt, seed, steps = check(prompt, seed, steps, guidance)
-        settings = {"seeds": [seed], "num_inference_steps": steps, "guidance_scale": guidance}
-        try:
-            pictures = self.modality.generate([prompt], **settings)  # the policy: aligned, if there is a LoRA
-            if self.aligned:
-                with self.views("reference"):
-                    pictures = self.modality.generate([prompt], **settings) + pictures
-            scores = {
-                name: scorer.score(pictures, [prompt] * len(pictures)).tolist() for name, scorer in self.scorers.items()
-            }
-        except UserError as error:
-            raise gr.Error(str(error)) from error
-        if not self.aligned:
-            return pictures[0], None, table(scores, 0), NO_LORA
-        return pictures[0], pictures[1], table(scores, 0), table(scores, 1)
+    user, _, password = (auth or "").partition(":")
+    if auth and not (user and password):
+        raise UserError("--auth: write USER:PASSWORD.")
+    if "SPACE_ID" not in os.environ:  # a Space's own front decides who may come in, and sets the address
+        host = host or "127.0.0.1"
+        if not auth and not is_local(host):
+            raise UserError(f"--host {host}: others can reach that address; give --auth USER:PASSWORD too.")
+    studio = Studio(**given)
+    safe = {"share": False, "ssr_mode": False, "max_file_size": MAX_UPLOAD, "enable_monitoring": False}
+    who = {"auth": (user, password)} if auth else {}
+    return build(studio).launch(
+        **(options or {}), **safe, **who, **LOOK, server_name=host, server_port=port, footer_links=[]
+    )
 
 
-def check(prompt: str, seed: float, steps: float, guidance: float) -> tuple[str, int, int]:
-    """The prompt, seed and steps, or the error to show; the page's own limits do not bind a client."""
-    prompt = (prompt or "").strip()
-    if not 0 < len(prompt) <= MAX_PROMPT:
-        raise gr.Error(f"Write a prompt of at most {MAX_PROMPT} characters.")
-    limits = {
-        "Seed": (seed, 0, MAX_SEED),
-        "Steps": (steps, 1, MAX_STEPS),
-        "Guidance": (guidance, 1, MAX_GUIDANCE),
-    }
-    for name, (value, low, high) in limits.items():
-        if value is None or not low <= value <= high:
-            raise gr.Error(f"{name} must be a number from {low} to {high}.")
-    return prompt, int(seed), int(steps)
-
-
-def refuse(prompt: str, seed: float, steps: float, guidance: float) -> None:
-    """Shows what `check` finds wrong, and nothing else."""
-    check(prompt, seed, steps, guidance)
-
-
-def new_seed() -> int:
-    """Any seed."""
-    return random.randint(0, MAX_SEED)
-
-
-def table(scores: dict[str, list[float]], side: int) -> str:
-    """Markdown: one scorer a row; the side that it prefers is bold."""
-    rows = ["| scorer | score |", "|:--|--:|"]
-    for name, values in scores.items():
-        best = len(values) > 1 and values[side] > values[1 - side]
-        shown = f"{values[side]:#.5g}"  # enough digits that two sides do not look alike when one is better
-        rows.append(f"| {name} | **{shown}** ▲ |" if best else f"| {name} | {shown} |")
-    return "\n".join(rows)
-
-
-def build(base: str | Path | None = None, lora: str | Path | None = None) -> gr.Blocks:
-    """The page, with its models loaded; arguments and errors as for `Compare`."""
-    compare = Compare(base, lora)
-    examples = [] if base else embedded.prompts("test")[::97][:4]
-    sampling = USUAL_SAMPLING if base else embedded.SAMPLING
-    with (
-        gr.Blocks(title="mmalign", analytics_enabled=False, delete_cache=(3600, 3600)) as page,
-        gr.Tab("Compare"),
-    ):
-        with gr.Row(equal_height=True):
-            prompt = gr.Textbox(
-                label="Prompt", value=(examples or [""])[0], max_length=MAX_PROMPT, scale=5, autofocus=True
-            )
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=90)
-            with gr.Column(scale=1, min_width=120):
-                go = gr.Button("Compare", variant="primary", size="sm")
-                dice = gr.Button("New seed", size="sm")
-        with gr.Accordion("Sampling", open=False), gr.Row():
-            steps = gr.Slider(1, MAX_STEPS, sampling["num_inference_steps"], step=1, label="Steps")
-            guidance = gr.Slider(1, MAX_GUIDANCE, sampling["guidance_scale"], step=0.5, label="Guidance")
-        with gr.Row():
-            pictures, scores = [], []
-            for label in ("Base", "Aligned"):
-                with gr.Column(min_width=240):
-                    pictures.append(
-                        gr.Image(
-                            label=label,
-                            format="png",
-                            interactive=False,
-                            buttons=["download"],
-                            height=420,
-                            elem_classes="picture",
-                        )
-                    )
-                    scores.append(gr.Markdown(elem_classes="scores"))
-        with gr.Accordion("What the scorers judge", open=False):
-            lines = [f"- **{name}**: {about}" for name, about in compare.about.items()]
-            gr.Markdown("\n".join([*lines, "", "▲ marks the side that a scorer likes better."]))
-        if examples:
-            gr.Examples([[example] for example in examples], [prompt], label="Prompts the model was never trained on")
-        inputs, outputs = [prompt, seed, steps, guidance], [*pictures, *scores]
-        rolled = dice.click(new_seed, None, seed, api_visibility="private")
-        # What is wrong is said first, by an event without outputs: a failed one would cover its pictures with "Error"
-        checks = [event(refuse, inputs, None, api_visibility="private") for event in (go.click, prompt.submit)]
-        checks += [event(refuse, inputs, None, api_visibility="private") for event in (seed.submit, rolled.then)]
-        for number, checked in enumerate(checks):
-            named = {"api_visibility": "private"} if number else {"api_name": "compare"}
-            checked.success(compare, inputs, outputs, **named)
-    return page.queue(max_size=16, default_concurrency_limit=1)
-
-
-def launch(base: str | Path | None = None, lora: str | Path | None = None, port: int | None = None, **options: Any):
-    """Serve the page on this machine until it is interrupted."""
-    local = {"server_name": "127.0.0.1", "share": False, "ssr_mode": False, "max_file_size": "1kb"}
-    return build(base, lora).launch(**options, **local, **LOOK, server_port=port, footer_links=[])
+def is_local(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def main() -> None:
     """The command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="pipeline folder, single file or hub id; default: the embedded model")
-    parser.add_argument("--lora", help="LoRA file or folder to compare with the base")
+    parser.add_argument("--lora", action="append", default=[], dest="loras", help="[NAME=]PATH of a LoRA; repeatable")
+    parser.add_argument("--model", action="append", default=[], dest="models", help="NAME=SOURCE[+LORA]; repeatable")
+    parser.add_argument("--data-dir", type=Path, default="mmalign-demo", help="of votes, users and kept media")
+    parser.add_argument("--runs", type=Path, default=".", dest="runs_dir", help="where output folders of training lie")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    arguments = parser.parse_args()
+    parser.add_argument("--host", help="address to listen on; another than 127.0.0.1 needs --auth")
+    parser.add_argument("--auth", help="USER:PASSWORD, which the page then asks for")
     try:
-        launch(arguments.base, arguments.lora, arguments.port)
+        launch(**vars(parser.parse_args()))
     except UserError as error:
         parser.exit(2, f"{error}\n")
 

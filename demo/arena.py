@@ -1,0 +1,9 @@
+"""The tab Arena."""
+
+import gradio as gr
+from studio import Studio
+
+
+def tab(studio: Studio) -> None:
+    """Fills the tab."""
+    gr.Markdown("There is nothing here yet.")
