@@ -6,12 +6,15 @@
     python demo/app.py --model NAME=MODEL               another model beside it, such as a checkpoint
 
 It listens on 127.0.0.1 alone unless --host and --auth say otherwise, shares nothing and fetches no URL. Models are
-loaded when they are first asked for; one medium is made at a time.
+loaded when they are first asked for; one medium is made at a time. A Space has no command line: there the variable
+MMALIGN_DEMO holds the flags.
 """
 
 import argparse
 import ipaddress
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ import gradio as gr
 import personalise
 import runs
 import score
+from gate import MAX_UPLOAD, Gate
+from starlette.middleware import Middleware
 from studio import Studio
 
 from mmalign.records import UserError
@@ -32,8 +37,8 @@ TABS = {
     "Personalise": personalise.tab,
     "Runs": runs.tab,
 }
-MAX_UPLOAD = "64mb"
 STYLE = """
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain }
 .scores table { width: 100% }
 .scores :is(table, thead, tbody, tr, th, td) { border: 0 !important }
 .scores td { font-variant-numeric: tabular-nums }
@@ -77,7 +82,17 @@ def launch(
         if not auth and not is_local(host):
             raise UserError(f"--host {host}: others can reach that address; give --auth USER:PASSWORD too.")
     studio = Studio(**given)
-    safe = {"share": False, "ssr_mode": False, "max_file_size": MAX_UPLOAD, "enable_monitoring": False}
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.cache)  # else a folder that all gradio programs of the machine share
+    safe = {
+        "share": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "run_history": False,  # it can be told to keep runs elsewhere
+        "enable_monitoring": False,
+        "max_file_size": MAX_UPLOAD,
+        "allowed_paths": [str(studio.data_dir / "media")],
+        "app_kwargs": {"middleware": [Middleware(Gate)]},
+    }
     who = {"auth": (user, password)} if auth else {}
     return build(studio).launch(
         **(options or {}), **safe, **who, **LOOK, server_name=host, server_port=port, footer_links=[]
@@ -104,7 +119,7 @@ def main() -> None:
     parser.add_argument("--host", help="address to listen on; another than 127.0.0.1 needs --auth")
     parser.add_argument("--auth", help="USER:PASSWORD, which the page then asks for")
     try:
-        launch(**vars(parser.parse_args()))
+        launch(**vars(parser.parse_args([*shlex.split(os.environ.get("MMALIGN_DEMO", "")), *sys.argv[1:]])))
     except UserError as error:
         parser.exit(2, f"{error}\n")
 

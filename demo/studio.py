@@ -1,6 +1,7 @@
 """What the tabs share: the models and scorers that the demo was started with, loaded at first use, and its limits."""
 
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from typing import Any
 
 import mmalign
 from mmalign import embedded
-from mmalign.records import UserError
+from mmalign.records import Text, UserError, image_size, open_image
 
 MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH = 300, 2**31 - 1, 50, 20.0, 2.0
+MAX_SIDE = 4096  # pixels of an uploaded picture, each way
 USUAL_SAMPLING = {"num_inference_steps": 30, "guidance_scale": 5.0}  # for models other than the embedded one
+BATCH = 8  # media that a scorer is asked of at once, so that it can be cancelled in between
 JUDGED = {"picture": "image", "sound": "audio", "answer": "text"}  # a modality's medium, as scorers' cards call it
 
 
@@ -39,6 +42,17 @@ class Entry:
     def user_layers(self) -> str | None:
         """The folder of user layers: such a model can be told whom it makes media for."""
         return self.lora if self.lora and (Path(self.lora) / "user_layers.safetensors").is_file() else None
+
+    @property
+    def may_answer(self) -> bool:
+        """Whether it may be a model of text answers, which takes input pictures; known before it is loaded."""
+        path = Path(self.source)
+        return not path.exists() or (path / "config.json").is_file()
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What visitors may know: not where it lies on this machine."""
+        return {key: Path(value).name for key, value in (("source", self.source), ("lora", self.lora)) if value}
 
 
 def entries(base: str | None, loras: Sequence[str], models: Sequence[str]) -> dict[str, Entry]:
@@ -103,10 +117,12 @@ class Studio:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.examples = [] if base else embedded.prompts("test")[::97][:4]
         self.sampling: Mapping[str, Any] = USUAL_SAMPLING if base else embedded.SAMPLING
+        self._cache = tempfile.TemporaryDirectory(prefix="mmalign-demo-")  # uploads, and what is shown; goes at the end
+        self.cache = Path(self._cache.name).resolve()
         self.lock = threading.RLock()  # one medium is made at a time, and what is loaded is loaded once
         self._modalities: dict[tuple[str, str | None], Any] = {}
         self._scorers: dict[str, Any] = {}
-        self._jobs: dict[str, threading.Event] = {}
+        self._jobs: set[tuple[str | None, threading.Event]] = set()
 
     @property
     def names(self) -> list[str]:
@@ -190,51 +206,115 @@ class Studio:
             with wearing(modality, self._adapter(self.entry(name)), strength), watched(modality, steps, progress):
                 return modality.generate([prompt], seeds=[int(seed)], **told)[0]
 
-    def scorer_cards(self, medium: str = "picture") -> list[Any]:
-        """The cards of those bundled scorers that judge such media and whose weights are on this machine."""
+    def scorer_cards(self) -> list[Any]:
+        """The cards of the bundled scorers whose weights are on this machine, those of pictures first."""
         from mmalign.scoring.scorer import list_scorers
         from mmalign.scoring.weights import on_disk
 
-        kind = JUDGED.get(medium, medium)
-        return [card for card in list_scorers() if card.judges == kind and on_disk(card) is not None]
+        here = [card for card in list_scorers() if on_disk(card) is not None]
+        return sorted(here, key=lambda card: card.judges != "image")
 
-    def score(self, media: Sequence[Any], prompt: str, names: Sequence[str]) -> dict[str, list[float]]:
-        """What scorers say of media that were made for one prompt.
+    def cards(self, names: Sequence[str]) -> list[Any]:
+        """The cards of these scorers.
 
         Raises:
-            UserError: a scorer is not on this machine, or a medium cannot be read.
+            UserError: one is not on this machine, whatever a client sends.
         """
-        known = {card.name: card for medium in (*JUDGED, "video") for card in self.scorer_cards(medium)}
-        scores = {}
-        for name in names:
-            if name not in known:
-                raise UserError(f"There is no such scorer here; choose of {', '.join(known)}.")
+        known = {card.name: card for card in self.scorer_cards()}
+        if set(names) - set(known):
+            raise UserError(f"There is no such scorer here; choose of {', '.join(known)}.")
+        return [known[name] for name in names]
+
+    def score(
+        self,
+        media: Sequence[Any],
+        prompt: str,
+        names: Sequence[str],
+        *,
+        images: Sequence[Any] = (),
+        progress: Callable[[float], None] | None = None,
+    ) -> dict[str, list[float]]:
+        """What scorers say of media that were made for one prompt: scorer -> a score a medium.
+
+        Args:
+            media: of the kind that the scorers judge.
+            prompt: of all.
+            names: of the scorers.
+            images: input pictures of the prompt.
+            progress: as in `make`.
+
+        Raises:
+            UserError: as `cards`, or a medium cannot be read.
+        """
+        scores: dict[str, list[float]] = {name: [] for name in names}
+        for number, card in enumerate(self.cards(names)):
             with self.lock:
-                if name not in self._scorers:
-                    self._scorers[name] = mmalign.load_scorer(known[name].folder)
-                scores[name] = self._scorers[name].score(media, [prompt] * len(media)).tolist()
+                if card.name not in self._scorers:
+                    self._scorers[card.name] = mmalign.load_scorer(card.folder)
+                for start in range(0, len(media), BATCH):
+                    if progress:
+                        progress((number + start / len(media)) / len(names))
+                    part = media[start : start + BATCH]
+                    asked = {"conditions": [tuple(images)] * len(part)}
+                    scores[card.name] += self._scorers[card.name].score(part, [prompt] * len(part), **asked).tolist()
         return scores
 
-    @contextmanager
-    def job(self, session: str | None, show: Callable[[float], None]) -> Iterator[Callable[[float], None]]:
-        """A visitor's long work: gives what `make` takes as progress, which ends the work once `stop` was called."""
-        cancelled = self._jobs[session or ""] = threading.Event()
+    def open(self, picture: str | bytes, name: str = "") -> Any:
+        """An uploaded picture, upright RGB.
 
-        def progress(share: float) -> None:
+        Args:
+            picture: its path or content.
+            name: what to call it in an error; default that of its file.
+
+        Raises:
+            UserError: it is too large, or cannot be decoded.
+        """
+        name = name or Path(str(picture)).name  # and not where it lies
+        if max(image_size(picture, name=name)) > MAX_SIDE:
+            raise UserError(f"{name}: more than {MAX_SIDE} pixels wide or high; make the picture smaller.")
+        return open_image(picture, name=name)
+
+    def fresh(self, name: str) -> Path:
+        """A path in the cache that nobody else has."""
+        return Path(tempfile.mkdtemp(dir=self.cache)) / name
+
+    def keep(self, medium: Any, name: str) -> str:
+        """The file of a medium, for the page to show; of an answer its text.
+
+        Args:
+            medium: a picture, `Video`, `Sound` or `Text`.
+            name: of the file, without suffix; anything but letters, digits, . and - is replaced.
+        """
+        if isinstance(medium, Text):
+            return str(medium)
+        from mmalign.data.candidates import KINDS, PICTURE, encoded
+
+        _, suffix = KINDS.get(type(medium), PICTURE)
+        path = self.fresh(re.sub(r"[^\w.-]", "_", name) + suffix)
+        path.write_bytes(encoded(medium))
+        return str(path)
+
+    @contextmanager
+    def job(self, session: str | None, show: Callable[..., Any]) -> Iterator[Callable[..., None]]:
+        """A visitor's long work: gives what `make` takes as progress, which ends the work once `stop` was called."""
+        cancelled = threading.Event()
+        self._jobs.add((session, cancelled))
+
+        def progress(share: float, *about: str) -> None:
             if cancelled.is_set():
                 raise Stopped
-            show(share)
+            show(share, *about)
 
         try:
             yield progress
         finally:
-            if self._jobs.get(session or "") is cancelled:
-                del self._jobs[session or ""]
+            self._jobs.discard((session, cancelled))
 
     def stop(self, session: str | None) -> None:
         """Ends a visitor's long work at its next step."""
-        if session in self._jobs:
-            self._jobs[session].set()
+        for owner, running in list(self._jobs):
+            if session and owner == session:
+                running.set()
 
 
 @contextmanager
