@@ -5,8 +5,8 @@
 
 Presets: `sdxl-small`, SDXL's layout in such widths that VAE and reference have the share of the step's operations that
 they have in SDXL at 1024 px; `sdxl-1024`, SDXL itself; `sd3-medium` at 1024 px, without its T5; `dit-video`, the same
-transformer on as many tokens as a clip of CogVideoX has (2112 px: 17,424; 49 frames of 480 x 720: 17,550), as there is
-no video modality yet; `tiny`, for the test. Weights and pictures are random, which cost what real ones do.
+transformer on as many tokens as a clip of CogVideoX has (2112 px: 17,424; 49 frames of 480 x 720: 17,550), as the
+cases are written for pictures; `tiny`, for the test. Weights and pictures are random, which cost what real ones do.
 
 Every measurement is a fresh process from data on the disk, on the same weights, pictures and draws; cases take turns.
 """
