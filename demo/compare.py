@@ -173,9 +173,10 @@ class Compare:
                     archive.write(made.shown, Path(made.shown).name)
         return str(target)
 
-    def stop(self, request: gr.Request) -> None:
-        """Ends this visitor's work."""
+    def stop(self, request: gr.Request) -> str:
+        """Ends this visitor's work, and says so."""
         self.studio.stop(request.session_hash)
+        return "Cancelled."
 
 
 def draw(grid: Sequence[Made]) -> None:
@@ -245,7 +246,7 @@ def tab(studio: Studio) -> None:
     )
     status = gr.Markdown("Press **Compare**.", elem_id="compare-status", min_height=48)
     grid = gr.State([])
-    gr.render(draw, [grid], [grid.change])
+    gr.render([grid], [grid.change])(draw)
     files = gr.DownloadButton("Download all and the settings", size="sm", elem_id="compare-download")
     with gr.Accordion("What the scorers judge", open=False):
         lines = [f"- **{html.escape(card.name)}**: {html.escape(card.about)}" for card in studio.scorer_cards()]
@@ -262,4 +263,4 @@ def tab(studio: Studio) -> None:
         work.append(
             checked.success(page.run, inputs, outputs, concurrency_id="models", show_progress_on=status, **named)
         )
-    cancel.click(page.stop, None, None, queue=False, cancels=work, api_visibility="private")
+    cancel.click(page.stop, None, status, queue=False, cancels=work, api_visibility="private")

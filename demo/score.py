@@ -116,9 +116,10 @@ class Score:
         note = f"{len(rows)} scored, {len(left_out)} left out." + "".join(f"\n- {html.escape(x)}" for x in left_out)
         return shown, note, chart(names, scores), str(target)
 
-    def stop(self, request: gr.Request) -> None:
-        """Ends this visitor's work."""
+    def stop(self, request: gr.Request) -> str:
+        """Ends this visitor's work, and says so."""
         self.studio.stop(request.session_hash)
+        return "Cancelled."
 
 
 def _plain(text: str) -> str:
@@ -138,7 +139,8 @@ def chart(names: Sequence[str], scores: Mapping[str, Sequence[float]]) -> Any:
         order = sorted(range(len(names)), key=lambda row: values[row])
         axes.plot([values[row] for row in order], range(len(order)), "o", color=colour)
         labels = [names[row][-24:].replace("$", r"\$") for row in order]  # $ begins a formula
-        axes.set_yticks(*((range(len(order)), labels) if len(names) <= MAX_NAMED else ((),)), fontsize=8)
+        shown = len(names) <= MAX_NAMED
+        axes.set_yticks(range(len(order)) if shown else (), labels if shown else (), fontsize=8)
         axes.set_title(scorer, fontsize=9, loc="left")
         axes.grid(alpha=0.3, linewidth=0.5)
     return figure
@@ -182,4 +184,4 @@ def tab(studio: Studio) -> None:
                 **named,
             )
         )
-    cancel.click(page.stop, None, None, queue=False, cancels=work, api_visibility="private")
+    cancel.click(page.stop, None, status, queue=False, cancels=work, api_visibility="private")

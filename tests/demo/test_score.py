@@ -155,7 +155,7 @@ def test_a_plot_has_a_panel_a_scorer_from_the_best_down():
     figure = chart(["a", "b$", "c"], {"one": [1.0, 3.0, 2.0], "two": [0.3, 0.2, 0.1]})
     first, second = figure.axes
     assert [label.get_text() for label in first.get_yticklabels()] == ["a", "c", r"b\$"]
-    assert first.lines[0].get_xdata() == [1.0, 2.0, 3.0]
+    assert list(first.lines[0].get_xdata()) == [1.0, 2.0, 3.0]
     assert [label.get_text() for label in second.get_yticklabels()] == ["c", r"b\$", "a"]
     figure.canvas.draw()
     assert not chart([str(n) for n in range(40)], {"one": list(range(40))}).axes[0].get_yticks().size
