@@ -173,10 +173,32 @@ def tokenizer():
     from transformers import T5TokenizerFast
 
     words = dict.fromkeys(word for event in sounds.EVENTS for word in event)
-    symbols = ["<pad>", "</s>", "<unk>", *("▁" + word for word in ("a", "then", *words)), ",", "▁"]
+    symbols = ["<pad>", "</s>", "<unk>", *("▁" + word for word in ("a", *sounds.ORDINALS, *words)), ",", "▁"]
     letters = [(letter, -10.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocabulary = [(symbol, -1.0) for symbol in symbols] + letters
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=TOKENS)
+
+
+@torch.no_grad()
+def mark_ordinals(text_encoder) -> None:
+    """Begins with a T5 that does nothing but add to each word which ordinal is among the three words before it.
+
+    T5 knows no absolute places. Without this 9,500 steps did not find that the order of the events matters.
+    """
+    for block in text_encoder.encoder.block:
+        block.layer[0].SelfAttention.o.weight.zero_()
+        block.layer[1].DenseReluDense.wo.weight.zero_()
+    layer, words, size = text_encoder.encoder.block[0].layer[0], text_encoder.shared.weight, TEXT["d_kv"]
+    attention = layer.SelfAttention
+    attention.relative_attention_bias.weight[:, 0] = -10
+    attention.relative_attention_bias.weight[1:4, 0] = 0
+    attention.q.weight[:size] = 0
+    ids = tokenizer().convert_tokens_to_ids(["▁" + word for word in sounds.ORDINALS])
+    told = torch.zeros(len(words), size)
+    told[ids, : len(ids)] = torch.eye(len(ids))
+    attention.v.weight[:size] = (torch.linalg.pinv(layer.layer_norm(words)) @ told).T
+    apart = torch.linalg.svd(words)[2][len(words) : len(words) + size]  # directions that no word has
+    attention.o.weight[:, :size] = 2 * words.norm(dim=1).mean() * apart.T
 
 
 class TextToAudio(torch.nn.Module):
@@ -196,8 +218,7 @@ class TextToAudio(torch.nn.Module):
         self.rotary = get_1d_rotary_pos_embed(
             DIT["attention_head_dim"] // 2, sounds.CELLS + 1, use_real=True, repeat_interleave_real=False
         )
-        bias = self.text_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data
-        bias[16:, 0] = bias[1:16, 1] = -6  # one head looks back, one ahead: the events' order is found sooner
+        mark_ordinals(self.text_encoder)
 
     def forward(self, x_t, time, ids, mask, kept) -> torch.Tensor:
         """Predicted velocity for latents [N, 8, 64] at network times [N] with tokens [N, 16]; text only where kept."""
@@ -255,7 +276,7 @@ def train_dit(work: Path, minutes: float) -> None:
     """Velocity prediction on precomputed latents; a tenth without the text, whose states are then zero."""
     torch.manual_seed(1)
     codes = Codes(work)
-    data, held_out = encode(codes, 16000, 20, "train", sounds.ASTRAY), encode(codes, 256, 21, "development")
+    data, held_out = encode(codes, 8000, 20, "train", sounds.ASTRAY), encode(codes, 256, 21, "development")
     trainer, batch = dit_trainer(work, minutes), 16
     while trainer.elapsed < 1:
         generator = torch.Generator().manual_seed(trainer.step)

@@ -1,8 +1,8 @@
 """The sounds that the embedded audio model is trained on: one to three events after each other, with a caption.
 
 An event is one of eight kinds in one of two variants: "a high beep", "three clicks". A caption says the events in
-order, "a high beep, then a low buzz, then two clicks"; no kind comes twice in it. Loudness, lengths and gaps are not
-captioned. Every event starts on a multiple of `GRID` samples with the same phase.
+order, "first a high beep, then a low buzz, finally two clicks"; no kind comes twice in it. Loudness, lengths and gaps
+are not captioned. Every event starts on a multiple of `GRID` samples with the same phase.
 
 A share of the sounds that the base model is trained on is not what its caption says: an event is missing, or two are
 exchanged, as captions of found sounds have it. So the model does both too, and "all events, in order" is a real
@@ -28,6 +28,7 @@ RATE = 8192  # Hz
 GRID = 256  # samples in a cell: 1/32 second, one latent of the model
 CELLS = 64  # a sound is 2 seconds long
 KINDS = ("beep", "buzz", "hiss", "whoop", "drop", "trill", "bell", "clicks")
+ORDINALS = ("first", "then", "finally")
 LENGTHS = (12, 13, 14)  # cells that an event lasts
 ASTRAY = 0.5  # of the base model's training sounds are not what they are called
 SPLITS = ("train", "pairs", "development", "test")
@@ -47,7 +48,8 @@ EVENTS: tuple[Event, ...] = tuple((variant, kind) for kind in KINDS for variant 
 
 def caption(events: tuple[Event, ...]) -> str:
     """The text of a sequence of events."""
-    return ", then ".join(("" if kind == "clicks" else "a ") + f"{variant} {kind}" for variant, kind in events)
+    named = [("" if kind == "clicks" else "a ") + f"{variant} {kind}" for variant, kind in events]
+    return ", ".join(map(" ".join, zip(ORDINALS, named, strict=False))) if len(named) > 1 else named[0]
 
 
 def events(prompt: str) -> tuple[Event, ...]:

@@ -32,7 +32,7 @@ def test_prompts_are_disjoint_and_say_their_events():
     assert not set(parts["train"]) & set(parts["test"]) | set(parts["train"]) & set(parts["development"])
     for prompt in itertools.chain(*parts.values()):
         assert sounds.caption(sounds.events(prompt)) == prompt
-    assert sounds.caption((("high", "beep"), ("two", "clicks"))) == "a high beep, then two clicks"
+    assert sounds.caption((("high", "beep"), ("two", "clicks"))) == "first a high beep, then two clicks"
 
 
 def test_sounds_repeat_and_all_of_a_piece_matters():
