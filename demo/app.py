@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--lora", action="append", default=[], dest="loras", help="[NAME=]PATH of a LoRA; repeatable")
     parser.add_argument("--model", action="append", default=[], dest="models", help="NAME=SOURCE[+LORA]; repeatable")
     parser.add_argument("--data-dir", type=Path, default="mmalign-demo", help="of votes, users and kept media")
+    parser.add_argument("--prompts", type=Path, help="file of prompts that the Arena asks about, one a line")
     parser.add_argument("--runs", type=Path, default=".", dest="runs_dir", help="where output folders of training lie")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--host", help="address to listen on; another than 127.0.0.1 needs --auth")

@@ -11,6 +11,7 @@ from typing import Any
 
 import mmalign
 from mmalign import embedded
+from mmalign.data.prompts import read_prompts
 from mmalign.records import Text, UserError, image_size, open_image
 
 MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH = 300, 2**31 - 1, 50, 20.0, 2.0
@@ -99,9 +100,10 @@ class Studio:
         models: see `entries`.
         data_dir: of votes, users and kept media; made when missing.
         runs_dir: where the output folders of training lie.
+        prompts: file of those that the Arena asks about; default, of the embedded model, those it is aligned on.
 
     Raises:
-        UserError: as `entries`.
+        UserError: as `entries`, or the prompts cannot be read.
     """
 
     def __init__(
@@ -111,11 +113,15 @@ class Studio:
         models: Sequence[str] = (),
         data_dir: str | Path = "mmalign-demo",
         runs_dir: str | Path = ".",
+        prompts: str | Path | None = None,
     ) -> None:
         self.entries = entries(base, loras, models)
         self.data_dir, self.runs_dir = Path(data_dir).resolve(), Path(runs_dir).resolve()
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.examples = [] if base else embedded.prompts("test")[::97][:4]
+        # Votes become training data: the Arena asks about no prompts that models are tested on
+        self.prompts = [one.text for one in read_prompts(prompts)] if prompts else []
+        self.prompts = self.prompts or ([] if base else embedded.prompts("pairs"))
         self.sampling: Mapping[str, Any] = USUAL_SAMPLING if base else embedded.SAMPLING
         self._cache = tempfile.TemporaryDirectory(prefix="mmalign-demo-")  # uploads, and what is shown; goes at the end
         self.cache = Path(self._cache.name).resolve()
