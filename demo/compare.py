@@ -197,9 +197,14 @@ def draw(grid: Sequence[Made]) -> None:
 
 
 def scorer_choice(studio: Studio, elem_id: str, judges: str | None = None) -> gr.CheckboxGroup:
-    """The scorers on this machine, or those of one kind of medium; three of pictures are ticked."""
+    """The scorers on this machine, or those of one kind of medium; some that know such pictures are ticked."""
     cards = [card for card in studio.scorer_cards() if judges in (None, card.judges)]
-    ticked = [card.name for card in cards if card.judges == "image"][:3]
+    known = [
+        card.name
+        for card in cards
+        if card.judges == "image" and card.name.startswith("embedded-") == bool(studio.examples)
+    ]
+    ticked = known[:4]
     return gr.CheckboxGroup([card.name for card in cards], value=ticked, label="Scorers", elem_id=elem_id)
 
 
@@ -223,8 +228,11 @@ def tab(studio: Studio) -> None:
         scorers = scorer_choice(studio, "compare-scorers")
     with gr.Accordion("Seeds and sampling", open=False):
         with gr.Row():
-            seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="compare-seed")
-            dice = gr.Button("New seed", size="sm", elem_id="compare-new-seed")
+            with gr.Column(min_width=120):
+                seed = gr.Number(
+                    0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="compare-seed"
+                )
+                dice = gr.Button("New seed", size="sm", elem_id="compare-new-seed")
             count = gr.Slider(1, MAX_SEEDS, 1, step=1, label="Seeds", elem_id="compare-seeds")
         with gr.Row():
             steps = gr.Slider(
