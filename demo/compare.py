@@ -199,12 +199,8 @@ def draw(grid: Sequence[Made]) -> None:
 def scorer_choice(studio: Studio, elem_id: str, judges: str | None = None) -> gr.CheckboxGroup:
     """The scorers on this machine, or those of one kind of medium; some that know such pictures are ticked."""
     cards = [card for card in studio.scorer_cards() if judges in (None, card.judges)]
-    known = [
-        card.name
-        for card in cards
-        if card.judges == "image" and card.name.startswith("embedded-") == bool(studio.examples)
-    ]
-    ticked = known[:4]
+    pictures = [card.name for card in cards if card.judges == "image"]
+    ticked = [name for name in pictures if name.startswith("embedded-") == bool(studio.examples)][:4]
     return gr.CheckboxGroup([card.name for card in cards], value=ticked, label="Scorers", elem_id=elem_id)
 
 
