@@ -329,7 +329,7 @@ def _show_scores(path: str, target: Path, scorers: Sequence[str], seconds: float
     if count <= SHOWN_ROWS:
         rows = [
             [
-                Path(row.get("file") or row["id"]).name,
+                Path(str(row.get("file") or row["id"])).name,
                 *("" if row[name] is None else f"{row[name]:.4f}" for name in scorers),
                 row["error"] or "",
             ]

@@ -20,6 +20,7 @@ from PIL import Image
 from mmalign.records import MAX_PIXELS, Sound, Text, UserError, Video, open_image
 
 MAX_SAMPLES = 2**26  # 23 minutes of one channel; checked on the header, before anything is decoded
+MAX_FRAMES = 2**14  # that are asked of a video, whatever its clock says
 MAX_KERNEL = 2**24  # a filter of two rates without a large common divisor would fill the memory
 # librosa's kaiser_best, by which the official code resampled before librosa 0.10; soxr_hq since then.
 KAISER_BEST = {
@@ -64,7 +65,7 @@ def frames_of(
 
     Raises:
         UserError: no such file ("missing_file"), no video or a damaged one ("undecodable"), or frames of over
-            `MAX_PIXELS` ("too_large").
+            `MAX_PIXELS` or more than `MAX_FRAMES` of them ("too_large").
     """
     source = video.source if isinstance(video, Video) else video
     name = name or (str(source) if isinstance(source, str | Path) else "a video in memory")
@@ -78,6 +79,10 @@ def frames_of(
     duration = (stamps[-1] - stamps[0]) * n / (n - 1) if n > 1 else 1 / Fraction(fps)
     count = max(round(duration * Fraction(fps) / multiple) * multiple, least)
     count = min(count, most or count)
+    if count > MAX_FRAMES:
+        raise UserError(
+            f"{name}: {count:,} frames at {fps:g} a second, over {MAX_FRAMES:,}; cut the video.", "too_large"
+        )
     times = np.array([float(stamp - stamps[0]) for stamp in stamps])
     moments = np.linspace(0, times[-1], count) if ends else np.arange(count) * (float(duration) / count)
     chosen = np.searchsorted((times[1:] + times[:-1]) / 2, moments[:first])
@@ -154,6 +159,8 @@ def sound_of(medium: Any, rate_hz: int, *, mono: bool = False, name: str = "") -
     except (ImportError, OSError) as error:  # OSError: built for another torch
         raise UserError(f"sound needs torchaudio and soundfile ({error}): pip install 'mmalign[audio]'.") from error
     try:
+        if is_path and Path(source).exists() and not Path(source).is_file():
+            raise ValueError("it is no regular file")  # a device or a pipe may never end
         content = Path(source).read_bytes() if is_path else source
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate, channels = file.samplerate, file.channels

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 2**26  # 8192 x 8192; checked on the header, before anything is decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # of Pillow's; its EPS runs Ghostscript
 
 
 class UserError(Exception):
@@ -26,6 +28,35 @@ class UserError(Exception):
     def __init__(self, message: str, reason: str = "bad_row"):
         super().__init__(message)
         self.reason = reason
+
+
+def check_fields(made: Any) -> None:
+    """Checks a dataclass that a person filled in: every value has to be of its field's kind, and finite.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, kind in get_type_hints(type(made)).items():
+        value = getattr(made, name)
+        if get_origin(kind) is not ClassVar and not _fits(value, kind):
+            told = getattr(kind, "__name__", str(kind))
+            raise UserError(f"{name} is {value!r:.60}; it has to be {told}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return kind is Any or (isinstance(value, kind) and (kind is not int or not isinstance(value, bool)))
 
 
 class Text(str):
@@ -81,7 +112,7 @@ def open_image(medium: Any, *, name: str = "") -> Image.Image:
     source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
     name = name or (str(source) if isinstance(source, str | Path) else "a picture in memory")
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(_stream(source))
+        image = source if isinstance(source, Image.Image) else Image.open(_stream(source), formats=FORMATS)
         too_large = math.prod(image.size) > MAX_PIXELS
         if not too_large:
             image = _to_rgb(ImageOps.exif_transpose(image))
@@ -105,9 +136,8 @@ def image_size(medium: Any, *, name: str = "") -> tuple[int, int]:
     """
     source = (medium.get("bytes") or medium.get("path")) if isinstance(medium, Mapping) else medium
     try:
-        with (
-            contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(_stream(source)) as image
-        ):
+        opened = isinstance(source, Image.Image)
+        with contextlib.nullcontext(source) if opened else Image.open(_stream(source), formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if turned else image.size
     except Exception:  # open_image knows what to say
@@ -116,6 +146,8 @@ def image_size(medium: Any, *, name: str = "") -> tuple[int, int]:
 
 def _stream(source: Any) -> Any:
     if isinstance(source, str | Path):
+        if Path(source).exists() and not Path(source).is_file():
+            raise ValueError("it is no regular file")  # a device or a pipe may never end
         return source
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)

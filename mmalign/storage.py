@@ -5,17 +5,20 @@ and is renamed when complete; so a crash or a full disk leaves the last good ver
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _PARTIAL = ".partial-"
 
 
@@ -28,6 +31,13 @@ def sha256(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file (UTF-8)."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_lines(path: str | Path) -> list[Any]:
+    """The values in a JSONL file; nothing where there is none, nor of a last line that is still being written."""
+    if not Path(path).is_file():
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -108,14 +118,71 @@ def share(targets: Iterable[Path], make: Callable[[Path], None], *, locks: Path,
             time.sleep(pause)
 
 
+@contextlib.contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Keeps a folder for this process until the block ends or the process dies; made here, it goes if it stays empty.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        reason = "another run is writing there; let it end, or choose another output folder"
+        raise BlockingIOError(errno.EWOULDBLOCK, reason, str(folder)) from None
+    try:
+        yield
+    finally:
+        if made and [path.name for path in folder.iterdir()] == [LOCK]:
+            shutil.rmtree(folder)
+        lock.release()
+
+
+def load_tensors(path: str | Path, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, on the CPU: tensors and plain values, never other people's code.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors in the file until they are used, if its format allows it.
+
+    Raises:
+        ValueError: it holds something else, is damaged, or unpacks to more than it is (torch packs nothing).
+    """
+    import torch
+
+    try:
+        packed = zipfile.is_zipfile(path)
+        if packed:
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                    raise ValueError("it unpacks to more than it is")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed and mmap)
+    except Exception as error:  # the unpickler raises nearly anything on damaged files
+        raise ValueError(next(iter(str(error).strip().splitlines()), type(error).__name__)) from error
+
+
 def verify(folder: str | Path) -> bool:
     """Whether every file of the folder's manifest is there with its size and hash."""
     folder = Path(folder)
     try:
-        listing = read_json(folder / MANIFEST)
-        return all(
-            (folder / name).stat().st_size == entry["size"] and sha256(folder / name) == entry["sha256"]
-            for name, entry in listing.items()
+        content = (folder / MANIFEST).read_text(encoding="utf-8")
+        listing = json.loads(content)
+        inside = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        # The manifest ends with a line's end: without it, it was cut off too
+        return (
+            content.endswith("\n")
+            and bool(listing)
+            and listing.keys() <= inside
+            and all(
+                (folder / name).stat().st_size == entry["size"] and sha256(folder / name) == entry["sha256"]
+                for name, entry in listing.items()
+            )
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

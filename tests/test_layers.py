@@ -31,7 +31,9 @@ ON_TOP = {
     "personal",
     "quickstart",
     "recipe",
+    "status",
     "tasks",
+    "voting",
 }  # these may import every room, and no room imports them
 SURROGATE = ["likelihood", "paths", "probes", "draws"]  # each imports only what stands before it
 

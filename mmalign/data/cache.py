@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from mmalign import storage
 from mmalign.records import Comparison, UserError
 
 EMPTY = "empty"  # the key of the empty prompt as caption dropout needs it
+SHARD = re.compile(r"(media|prompts)-\w+/[\w-]+\.safetensors")
 ITEMS, INDEX, QUARANTINE, FACTS = "items.parquet", "index.parquet", "quarantine.jsonl", "facts.json"
 
 
@@ -86,9 +88,13 @@ class Pieces:
         self.shard = lru_cache(maxsize=None)(self._open)
 
     def _open(self, number: int) -> tuple[Any, dict[str, list[str]]]:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        file = safe_open(self.shards[number], "pt")
+        try:
+            file = safe_open(self.shards[number], "pt")
+        except (SafetensorError, OSError) as error:
+            reason = f"is damaged ({error}); mend it with mmalign cache --verify"
+            raise UserError(f"{self.shards[number]}: {reason}.") from error
         names: dict[str, list[str]] = {}
         for name in file.keys():  # noqa: SIM118
             key, _, field = name.partition("/")
@@ -114,7 +120,7 @@ class Cache(Sequence):
 
         self.folder = folder
         self.rows = pq.read_table(folder / ITEMS)
-        index = pq.read_table(folder / INDEX)
+        index = _index(folder)
         shards = index["shard"].combine_chunks().dictionary_encode()
         paths = [folder.parent / name for name in shards.dictionary.to_pylist()]
         self.pieces = Pieces(dict(zip(index["key"].to_pylist(), shards.indices.to_pylist(), strict=True)), paths)
@@ -176,14 +182,31 @@ class Cache(Sequence):
         return storage.read_json(self.folder / FACTS)["counts"]
 
 
-def open_cache(cache_dir: str | Path, facts: Facts) -> Cache | None:
-    """The cache of a data set; None where it is not complete, or a shard is missing or of another size."""
+def _index(folder: Path) -> Any:
+    """The table of a data set's pieces.
+
+    Raises:
+        UserError: it is damaged, or names a file that is no shard of this cache.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        index = pq.read_table(folder / INDEX)
+        if all(SHARD.fullmatch(name) for name in index["shard"].unique().to_pylist()):
+            return index
+        reason = "it names files that are no shards of a cache"
+    except (pa.ArrowException, OSError, LookupError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{folder / INDEX}: cannot be used ({reason}); remove {folder} and call mmalign cache again.")
+
+
+def open_cache(cache_dir: str | Path, facts: Facts) -> Cache | None:
+    """The cache of a data set; None where it is not complete, or a shard is missing or of another size."""
     folder = facts.folder(cache_dir, "items")
     if not (folder / storage.MANIFEST).is_file():
         return None
-    index = pq.read_table(folder / INDEX, columns=["shard", "bytes"])
+    index = _index(folder)
     for name, size in set(zip(index["shard"].to_pylist(), index["bytes"].to_pylist(), strict=True)):
         path = folder.parent / name
         if not path.is_file() or path.stat().st_size != size:
@@ -199,12 +222,10 @@ def verify(cache_dir: str | Path, facts: Facts) -> list[str]:
     Raises:
         UserError: there is no such cache.
     """
-    import pyarrow.parquet as pq
-
     folder = facts.folder(cache_dir, "items")
     if not folder.is_dir():
         raise UserError(f"{cache_dir}: has no complete cache of this recipe; make it with mmalign cache.")
-    index = pq.read_table(folder / INDEX)
+    index = _index(folder)
     hashes = dict(zip(index["shard"].to_pylist(), index["sha256"].to_pylist(), strict=True))
     damaged = []
     for name, expected in sorted(hashes.items()):

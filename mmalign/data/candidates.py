@@ -20,6 +20,8 @@ from typing import Any
 
 from PIL import Image
 
+from mmalign.data.rows import Beside
+from mmalign.data.tables import check_parquet
 from mmalign.records import Sound, Text, UserError, Video
 from mmalign.storage import atomic_file, atomic_folder, read_json, write_json
 
@@ -78,7 +80,7 @@ def encoded(medium: Any) -> bytes:
     """A medium's file content: kept byte by byte where it has one, else PNG.
 
     Raises:
-        UserError: The file is missing.
+        UserError: The file is missing, or it is no medium.
     """
     if isinstance(medium, Sound | Video):
         medium = medium.source
@@ -86,13 +88,18 @@ def encoded(medium: Any) -> bytes:
         medium = medium.get("bytes") or medium["path"]
     if isinstance(medium, str | Path):
         try:
-            return Path(medium).read_bytes()
-        except OSError as error:
-            raise UserError(f"{medium}: cannot be read ({error.strerror}); check the path.") from error
+            if Path(medium).is_file():  # and no device, which may never end
+                return Path(medium).read_bytes()
+            reason = "there is no such file"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        raise UserError(f"{medium}: cannot be read ({reason}); check the path.")
     if isinstance(medium, Image.Image):
         stream = io.BytesIO()
         medium.save(stream, "PNG", compress_level=1)
         return stream.getvalue()
+    if not isinstance(medium, bytes | bytearray | memoryview):
+        raise UserError(f"a {type(medium).__name__} stands where a medium should; mend or remove that row.")
     return bytes(medium)
 
 
@@ -112,8 +119,12 @@ def read_candidates(folder: str | Path, batch: int = 256) -> Iterator[Candidate]
     if not parts:
         raise UserError(f"{folder}: holds no candidates; make them with mmalign generate.")
     for part in parts:
+        beside = Beside(part)
         for row in _rows(part, None, batch):
-            yield _candidate(row, part)
+            try:
+                yield _candidate(row, beside)
+            except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+                raise UserError(f"{part}: holds a row that is no candidate ({error}); remove that part.") from error
 
 
 def candidate_ids(folder: str | Path) -> Iterator[str]:
@@ -232,28 +243,29 @@ def _rows(part: Path, columns: list[str] | None, batch: int) -> Iterator[dict[st
 
     try:
         if part.suffix == ".parquet":
+            check_parquet(part)
             with pq.ParquetFile(part) as file:
                 for rows in file.iter_batches(batch, columns=columns):
                     yield from rows.to_pylist()
         else:
             with (part / METADATA).open(encoding="utf-8") as file:
                 yield from map(json.loads, file)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, UserError) as error:
         raise UserError(
             f"{part}: is damaged ({str(error).splitlines()[0]}); remove it and run mmalign generate again."
         ) from error
 
 
-def _candidate(row: dict[str, Any], part: Path) -> Candidate:
+def _candidate(row: dict[str, Any], beside: Beside) -> Candidate:
     if "text" in row:
         medium: Any = Text(row["text"])
     else:
         column = next((name for name in ("image", "audio", "video") if name in row), None)
-        medium = row[column]["bytes"] if column else part / row["file_name"]
+        medium = row[column]["bytes"] if column else beside(row["file_name"], "file_name")
         ending = Path(row[column]["path"] if column else row["file_name"]).suffix
         kind = next((kind for kind, (_, own) in KINDS.items() if own == ending), None)
         medium = kind(medium) if kind else medium
     shown = [picture["bytes"] for picture in row.get("condition") or ()]
-    shown += [part / name for name in row.get("condition_file_names", ())]
+    shown += [beside(name, "condition_file_names") for name in row.get("condition_file_names", ())]
     same = {name: row[name] for name in SAME}
     return Candidate(**same, medium=medium, parameters=json.loads(row["parameters"]), condition=tuple(shown) or None)

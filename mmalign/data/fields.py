@@ -43,7 +43,7 @@ def medium_of(value: Any, beside: Beside) -> Any:
             return Sound(beside(value["sound"]), value.get("sample_rate_hz"))
         if "video" in value:
             return Video(beside(value["video"]), value.get("fps"))
-        return value
+        return value if value.get("bytes") else beside(value.get("path"))
     return value if isinstance(value, bytes) else beside(value)
 
 
@@ -53,7 +53,7 @@ def file_of(value: Any, beside: Beside) -> Any:
     if isinstance(source, str):
         source = beside(source)
     kind = _kind(source)
-    return kind(source) if kind else value if isinstance(value, Mapping) else source
+    return kind(source) if kind else source if isinstance(source, Path) else value
 
 
 def _kind(source: Any) -> type[Sound] | type[Video] | None:

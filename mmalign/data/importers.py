@@ -257,7 +257,10 @@ def _pair(path: Path, stem: str, found: dict[str, dict[str, Path]]) -> dict | Us
             return UserError(f"{stem!r} has no {what}; add it, or remove its other files.", "missing_file")
     chosen, rejected, caption = (files[stem] for files in found.values())
     try:
+        Beside(path)(caption.relative_to(path), "caption")  # a link could lead out
         prompt = caption.read_text(encoding="utf-8-sig").strip()
+    except UserError as error:
+        return error
     except UnicodeDecodeError as error:
         return UserError(f"{caption.name} is not UTF-8 text ({error}); save it as UTF-8.", "not_utf8")
     names = {"chosen": chosen.relative_to(path).as_posix(), "rejected": rejected.relative_to(path).as_posix()}

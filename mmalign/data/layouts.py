@@ -49,7 +49,8 @@ def _ours(row: dict, beside: Beside) -> list | None:
     for name, kind, about in (("sound", Sound, "sample_rate_hz"), ("video", Video, "fps")):
         if row.get(name) is not None:
             known = row.get(about) or [None] * len(row[name])
-            return [kind(one["bytes"] or one["path"], value) for one, value in zip(row[name], known, strict=True)]
+            media = [one.get("bytes") or beside(one.get("path")) for one in row[name]]
+            return [kind(one, value) for one, value in zip(media, known, strict=True)]
     if row.get("media") is None:
         return None
     return [medium_of(one, beside) for one in need(row, "media", list)]
@@ -72,11 +73,12 @@ def pick_a_pic(row: dict, beside: Beside) -> dict:
     if label not in (None, 0, 0.5, 1):
         raise UserError(f"field label_0 is {label}; it must be 0, 0.5 or 1.")
     models = [str(row.get(name) or "") for name in ("model_0", "model_1")]
+    pictures = all_or_none((row.get("jpg_0"), row.get("jpg_1")))
     uid = row.get("image_0_uid")
     fields = {
         "id": row.get("ranking_id"),
         "prompt": need(row, "caption"),
-        "media": all_or_none((row.get("jpg_0"), row.get("jpg_1"))),
+        "media": pictures and [medium_of(one, beside) for one in pictures],
         "score": None if label is None else (label, 1 - label),
         "user": row.get("user_id"),
         "source": models if all(models) else (),

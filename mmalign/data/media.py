@@ -16,6 +16,7 @@ from typing import Any
 from mmalign.data.candidates import candidate_ids, is_candidates, read_candidates
 from mmalign.data.fields import SOUNDS, VIDEOS, file_of
 from mmalign.data.importers import read_comparisons
+from mmalign.data.tables import check_parquet
 from mmalign.records import UserError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -157,6 +158,7 @@ def column_names(file: Path) -> list[str]:
         import pyarrow.parquet as pq
 
         try:
+            check_parquet(file)
             return pq.read_schema(file).names
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); check the file.") from error

@@ -244,7 +244,10 @@ class _Maker:
     ) -> Comparison | None:
         """A comparison with its media, unless two of them are the same or a prompt has had it before."""
         media, conditions = zip(*map(self.data.media.of, rows), strict=True)
-        contents = [_content(medium) for medium in media]
+        try:
+            contents = [_content(medium) for medium in media]
+        except UserError as error:
+            raise UserError(f"{self.data.name}, prompt {rows[0]['prompt']!r}: {error}") from error
         if len(set(contents)) < len(contents):
             self.made.pairs["identical"] += 1
             return None

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.rows import Beside
 from mmalign.records import UserError
 
 Rows = Iterator[tuple[str, Any]]  # each with its name in an error
@@ -135,8 +136,9 @@ def _prompt(row: Any, folder: Path, where: str) -> Prompt:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise UserError(f"{where}, field images: is {str(images)[:60]}; give a list of paths beside the file.")
-    for name in images:
-        if not (folder / name).is_file():
-            raise UserError(f"{where}, field images: there is no file {name!r}; add it, or mend the path.")
+    try:
+        found = tuple(Beside(folder)(name, "images") for name in images)
+    except UserError as error:
+        raise UserError(f"{where}, {error}", error.reason) from error
     user = row.get("user")
-    return Prompt(text, None if user in (None, "") else str(user), tuple(folder / name for name in images))
+    return Prompt(text, None if user in (None, "") else str(user), found)

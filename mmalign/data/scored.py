@@ -26,6 +26,7 @@ from mmalign.data.media import (
     table_files,
     table_sql,
 )
+from mmalign.data.rows import Beside
 from mmalign.records import Text, UserError
 
 MEMORY = "256MB"  # that duckdb takes before it spills
@@ -235,7 +236,7 @@ class Media:
     """The media of rows, read when they are asked for; row groups of parquet are kept for the rows that follow."""
 
     def __init__(self, name: str, kind: str):
-        self.name = name
+        self.name, self.kind = name, kind
         self.comparisons = read_comparisons(name, strict=False).comparisons if kind == "comparisons" else None
         self.item: tuple[int, Any] = (-1, None)
         self.starts: dict[str, np.ndarray] = {}
@@ -253,8 +254,10 @@ class Media:
         folder = Path(row["file"]).parent
         names = (row["cond"] or "").split()
         if row["text"] is not None or row["path"] is not None:
-            medium = Text(row["text"]) if row["text"] is not None else beside(row["path"], folder)
-            return medium, tuple(folder / name for name in names) or None
+            inside = Beside(folder)
+            path = inside(row["path"], "file_name") if self.kind == "candidates" and row["path"] else row["path"]
+            medium = Text(row["text"]) if row["text"] is not None else beside(path, folder)
+            return medium, tuple(inside(name, "condition_file_names") for name in names) or None
         found = self._stored(row["file"], row["place"])
         column = medium_column(found)
         medium = beside(found[column], folder) if column else Text(found["text"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "validation", "val", "test", "dev")
+UNPACKED_BYTES, UNPACKED_TIMES = 2**28, 100  # that any table may unpack to, and that one of its size may
 STREAM_ROWS = 100  # rows of a stream that are held at once
 
 
@@ -56,6 +57,20 @@ def read_table(source: str, split: str, limit: int | None = None, fraction: floa
         raise UserError(f"{source} (split {split}): {known} ({reason}); check the name.") from error
 
 
+def check_parquet(file: str | Path) -> None:
+    """Asks a file's own description what it unpacks to.
+
+    Raises:
+        UserError: out of all proportion; media do not pack.
+    """
+    import pyarrow.parquet as pq
+
+    about = pq.read_metadata(file)
+    size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
+    if size > max(UNPACKED_BYTES, UNPACKED_TIMES * Path(file).stat().st_size):
+        raise UserError(f"{file}: unpacks to {size:,} bytes, over {UNPACKED_TIMES} times its size; write it anew.")
+
+
 def _no_split(source: str, split: str, there: Iterable[str]) -> UserError:
     return UserError(f"{source}: has no split {split!r}, but {', '.join(sorted(there))}; choose one of these.")
 
@@ -67,6 +82,8 @@ def _built(source: str, split: str, limit: int | None, fraction: float | None) -
     path, files = Path(source), []
     if path.exists():
         files = _parquet_files(path, split)
+        for file in files:
+            check_parquet(file)
         named: tuple[Any, ...] = ("parquet", None, None, {split: files})
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
         named = (source,)

@@ -288,7 +288,7 @@ def _architecture(source: str | Path) -> str | None:
 def _family(source: str | Path) -> Any:
     """The module of a source's family."""
     name = class_name(source)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:  # a list names code of its own
         raise UserError(f"{source}: a {name} is not supported yet; supported are {', '.join(sorted(FAMILIES))}.")
     return importlib.import_module(FAMILIES[name])
 

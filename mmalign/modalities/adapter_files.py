@@ -30,6 +30,7 @@ def load_adapter(model: Any, path: str | Path, name: str, source: str) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
 
     path, source = Path(path), source or "the model"
     local = path.exists() or path.is_absolute() or str(path).count("/") != 1
@@ -45,7 +46,7 @@ def load_adapter(model: Any, path: str | Path, name: str, source: str) -> None:
         else:
             inject_adapter_in_model(config, model, name)
         result = set_peft_model_state_dict(model, state, adapter_name=name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: this LoRA does not fit {source} ({reason}).") from error
     wrong = [*(key for key in result.missing_keys if f".{name}." in key), *result.unexpected_keys]

@@ -181,8 +181,8 @@ def load_language_taste(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     try:
-        processor = AutoProcessor.from_pretrained(str(source))
-        model = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype)
+        processor = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{source}: is no vision-language model ({str(error).splitlines()[0]}).") from error
     return LanguageTaste(model.to(device).eval().requires_grad_(False), processor, Path(source).name, layer, pooling)

@@ -58,12 +58,13 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type != "cpu" else torch.float32)
     try:
-        processor = AutoProcessor.from_pretrained(str(source))
+        processor = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
         if only == "encoders":
             network = skeleton(source).parts["network"]
             network.generation_config = GenerationConfig.from_pretrained(str(source))
         else:
-            network = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype).to(device)
+            network = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype, trust_remote_code=False)
+            network = network.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"{source}: cannot be loaded ({str(error).strip().splitlines()[0]}).") from error
     if not getattr(processor, "chat_template", None):
@@ -83,7 +84,9 @@ def skeleton(source: str | Path) -> Skeleton:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     with torch.device("meta"):
-        network = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(source)))
+        network = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        )
 
     def example(
         samples: int, resolution: int | None, dtype: torch.dtype, length: float | None = None

@@ -55,8 +55,8 @@ class Chat:
 
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         try:
-            processor = AutoProcessor.from_pretrained(str(source))
-            model = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype)
+            processor = AutoProcessor.from_pretrained(str(source), trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(str(source), dtype=dtype, trust_remote_code=False)
         except Exception as error:  # a hub has a dozen exception types for absent, gated and offline
             raise UserError(
                 f"{source}: the vision-language model cannot be loaded ({str(error).strip().splitlines()[0]}); "

@@ -75,7 +75,7 @@ def load(card: Card, device: str | torch.device = "cpu") -> ClapScorer:
     source = str(card.path(source)) if card.path(source).is_dir() else source
     try:
         model, told = ClapModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a hub has a dozen exception types for absent, gated and offline
         raise UserError(
             f"{source}: the CLAP model of {card.name!r} cannot be loaded ({str(error).strip().splitlines()[0]}); "

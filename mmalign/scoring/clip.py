@@ -8,9 +8,12 @@ keys and tokens are those of HPSv2; weights of transformers' CLIPModel are renam
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from mmalign.scoring.head import AspectHeads, PreferenceHead, load_aspects, make
 from mmalign.scoring.preprocess import PictureScorer
 from mmalign.scoring.scorer import Card, nearest
 
+MAX_MERGES = 2**24  # bytes; CLIP's own list has 3 million
 REMEMBERED_PROMPTS = 4096  # best-of-N, pairs and validation ask for the same prompts again and again
 
 
@@ -196,6 +200,18 @@ def load_head(card: Card, model: nn.Module) -> nn.Module:
     return head
 
 
+def _merges(path: Path) -> str:
+    """The file's name, once it is known to unpack, and to no more than `MAX_MERGES`."""
+    try:
+        with gzip.open(path) as file:
+            if len(file.read(MAX_MERGES + 1)) <= MAX_MERGES:
+                return str(path)
+        reason = f"more than {MAX_MERGES:,} bytes"
+    except (OSError, EOFError, zlib.error) as error:
+        reason = str(error)
+    raise UserError(f"{path}: is no gzipped list of merges ({reason}); mend the file that the card names.")
+
+
 def build(card: Card) -> tuple[nn.Module, Callable]:
     """The untrained model of a card and its tokenizer (list of prompts -> [N, L] token ids)."""
     import open_clip
@@ -213,7 +229,7 @@ def build(card: Card) -> tuple[nn.Module, Callable]:
             raise UserError(f"{where}: the model's configuration {path} is missing.")
         model = open_clip.CLIP(**json.loads(path.read_text()))
         merges = card.model.get("merges")  # a shortened list of CLIP's byte pair merges, gzipped
-        files = {"bpe_path": str(card.path(merges))} if merges else {}
+        files = {"bpe_path": _merges(card.path(merges))} if merges else {}
         tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **files)
     if "tokenizer" in card.model:  # transformers', which reads some text otherwise than open_clip's
         read = weights.tokenizer(card)

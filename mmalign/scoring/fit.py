@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmalign import storage
-from mmalign.records import Comparison, UserError
+from mmalign.records import Comparison, UserError, check_fields
 from mmalign.scoring import losses
 from mmalign.scoring.accuracy import Interval, Some, flat, liked, measured
 from mmalign.scoring.folder import write_scorer
@@ -118,6 +119,7 @@ class ScorerRun:
 
     def __post_init__(self):
         """Raises UserError for a value that cannot be."""
+        check_fields(self)
         for name in ("max_train_steps", "train_batch_size", "eval_batch_size", "checkpointing_steps", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be 1 or more.")
@@ -192,9 +194,12 @@ def train_scorer(
     optimizer = torch.optim.AdamW(learning.values(), lr=run.learning_rate, weight_decay=run.adam_weight_decay)
     done = 0
     if last is not None:
-        for name, value in load_file(last / "weights.safetensors").items():
-            learning[name].data.copy_(value)
-        optimizer.load_state_dict(torch.load(last / "optimizer.pt", weights_only=True))
+        try:
+            for name, value in load_file(last / "weights.safetensors").items():
+                learning[name].data.copy_(value)
+            optimizer.load_state_dict(storage.load_tensors(last / "optimizer.pt"))
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{last}: cannot be read ({str(error).splitlines()[0]}); start anew elsewhere.") from error
         done = int(last.name.removeprefix("checkpoint-"))
     scales = [value for name, value in learning.items() if name.endswith("logit_scale")]
     for step in range(done, run.max_train_steps):

@@ -101,7 +101,8 @@ def build(card: Card, device: str | torch.device) -> tuple[Chat, dict[str, Tenso
         if axes := card.score.get("axes"):
             known = told["inference_config"]
             norm = torch.tensor([[known[f"{a}_{fact}"] for a in axes] for fact in ("mean", "std")], device=device)
-        processor, shape = AutoProcessor.from_pretrained(base), AutoConfig.from_pretrained(base)
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
         shape.text_config.vocab_size = len(tensors["language_model.embed_tokens.weight"])
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         model, report = Qwen2VLModel.from_pretrained(

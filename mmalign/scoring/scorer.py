@@ -10,17 +10,19 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-import torch
 import yaml
-from torch import Tensor
 
 from mmalign import bundled
 from mmalign.records import Text, UserError
+
+if TYPE_CHECKING:  # cards are read without it
+    import torch
+    from torch import Tensor
 
 FAMILIES = {  # each module has `load(card, device) -> Scorer`
     "clip": "mmalign.scoring.clip",
@@ -30,6 +32,17 @@ FAMILIES = {  # each module has `load(card, device) -> Scorer`
     "vlm": "mmalign.scoring.vlm",
     "reward-vlm": "mmalign.scoring.reward_vlm",
 }
+
+MAX_CARD = 2**18  # bytes
+
+
+class _Plain(yaml.SafeLoader):
+    """Without aliases, by which a few lines may stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not for cards")
+        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True)
@@ -66,31 +79,45 @@ class Card:
         """Reads `folder/card.yaml`.
 
         Raises:
-            UserError: the card is missing, is not YAML, lacks name or family, or has an unknown field.
+            UserError: the card is missing, is not YAML, lacks name or family, or has a field that is unknown or wrong.
         """
         folder = Path(folder)
         path = folder / "card.yaml"
         try:
-            facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if path.stat().st_size > MAX_CARD:
+                raise UserError(f"{path} is larger than {MAX_CARD:,} bytes: a card is a page of facts.")
+            facts = yaml.load(path.read_text(encoding="utf-8"), _Plain)
         except FileNotFoundError:
             raise UserError(f"{folder} has no card.yaml: a scorer's folder needs one (see scorers/).") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
         if not isinstance(facts, dict):
             raise UserError(f"{path} must be a mapping of fields such as name, family and weights.")
-        known = {f.name for f in fields(cls)} - {"folder"}
-        for name in facts:
-            if name not in known:
-                raise UserError(f"{path} has an unknown field {name!r}{nearest(name, known)}.")
-        for name in ("name", "family"):
-            if not isinstance(facts.get(name), str):
-                raise UserError(f"{path} lacks the field {name!r}: add it, for example `{name}: clip`.")
-        facts["published"] = tuple(facts.get("published") or ())
-        return cls(folder=folder, **facts)
+        return cls(folder=folder, **_checked(path, facts))
 
     def path(self, name: str) -> Path:
         """The path of a file that the card names."""
         return (self.folder / name).resolve()
+
+
+def _checked(path: Path, facts: dict[Any, Any]) -> dict[str, Any]:
+    """The fields of a card, each of its kind."""
+    known = {name: get_origin(kind) or kind for name, kind in get_type_hints(Card).items() if name != "folder"}
+    for name in ("name", "family"):
+        if not isinstance(facts.get(name), str):
+            raise UserError(f"{path} lacks the field {name!r}: add it, for example `{name}: clip`.")
+    if isinstance(facts.get("published"), list):
+        facts["published"] = tuple(facts["published"])
+    for name, value in facts.items():
+        if name not in known:
+            raise UserError(f"{path} has an unknown field {name!r}{nearest(str(name), known)}.")
+        if not isinstance(value, known[name]):
+            kind = "list" if name == "published" else known[name].__name__
+            raise UserError(f"{path}: the field {name!r} must be a {kind}, not {str(value)[:60]!r}.")
+    told = {"metric", "set", "value", "source"}
+    if not all(isinstance(line, dict) and told <= line.keys() for line in facts.get("published", ())):
+        raise UserError(f"{path}: every line of `published` needs a metric, set, value and source.")
+    return facts
 
 
 class Scorer(ABC):
@@ -160,6 +187,8 @@ class Scorer(ABC):
         batch_size: int = 32,
     ) -> dict[str, Tensor]:
         """The parts of the judgement, each float32 [N], `score` among them; arguments as `score`."""
+        import torch
+
         conditions = [()] * len(media) if conditions is None else conditions
         if not len(media) == len(prompts) == len(conditions):
             told = "" if len(conditions) == len(media) else f" and {len(conditions)} conditions"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mmalign.records import UserError
 from mmalign.scoring.scorer import Card
-from mmalign.storage import sha256
+from mmalign.storage import load_tensors, sha256
+
+if TYPE_CHECKING:
+    import torch
 
 
 def find(card: Card, source: dict[str, Any]) -> Path:
@@ -92,11 +91,11 @@ def state_dict(card: Card, source: dict[str, Any]) -> dict[str, torch.Tensor]:
 
             return load_file(path)
         # The Hugging Face cache keeps files under their names, so the suffix tells the format.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = load_tensors(path, mmap=True)
         for key in filter(None, str(source.get("key", "")).split(".")):
             content = content[key]
         return content
-    except (RuntimeError, ValueError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except (ValueError, LookupError, TypeError, OSError) as error:
         raise UserError(
             f"{path} holds no weights that can be read safely ({type(error).__name__}: {error})."
         ) from error
@@ -131,7 +130,7 @@ def tokenizer(card: Card) -> Callable[[Sequence[str], int], dict[str, torch.Tens
             words = path.read_text(encoding="utf-8").splitlines()
             found = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
         else:
-            found = AutoTokenizer.from_pretrained(path if path.exists() else name)
+            found = AutoTokenizer.from_pretrained(path if path.exists() else name, trust_remote_code=False)
     except Exception as error:  # the hub's, the file system's and the parser's
         raise UserError(
             f"{card.folder / 'card.yaml'}: cannot load the tokenizer {name!r} ({type(error).__name__}): check the "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmalign.records import UserError
-from mmalign.storage import read_json
+from mmalign.storage import read_json, read_lines
 
 LOG, RECIPE = "metrics.jsonl", "recipe.json"
 DEPTH = 3  # folders below the root; what lies deeper is part of something else
@@ -49,8 +48,7 @@ def read_output(folder: str | Path) -> Output:
     folder = Path(folder).resolve()
     try:
         recipe = read_json(_own(folder, RECIPE))
-        lines = _own(folder, LOG).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = read_lines(_own(folder, LOG))
         steps = [row["step"] for row in rows]
         whole = isinstance(recipe["objective"], dict) and all(isinstance(step, int) for step in steps)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmalign.records import UserError
+from mmalign.records import UserError, check_fields
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class Run:
     max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least_one = (
             "max_train_steps",
             "train_batch_size",
@@ -163,6 +164,7 @@ class Run:
             "rows_at_once",
             "gradient_checkpointing_every",
             "num_frames",
+            "resolution",
         )
         for name in (*at_least_one, "checkpointing_steps", "validation_steps", "early_stop", "draws_per_sample"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
