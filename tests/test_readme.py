@@ -26,6 +26,10 @@ SMALLER = {
     "mmalign score": [],
     "mmalign compare": ["--num-inference-steps", "2", "--limit", "2"],
 }
+HELPED = {  # run by tests/test_doctor.py and tests/test_demo_page.py
+    "mmalign doctor": "works together",
+    "mmalign votes export": "preference data",
+}
 
 
 def words(line):
@@ -92,11 +96,11 @@ def test_inline_commands(place, monkeypatch, capsys):
             _installs(code)
         elif code == "mmalign demo":
             _demo(monkeypatch)
-        elif code.endswith("--help") or code == "mmalign doctor":  # which tests/test_doctor.py runs
+        elif code.endswith("--help") or code in HELPED:
             with pytest.raises(SystemExit) as ended:
                 cli.main([*words(code)[1:], "--help"])
             assert ended.value.code == 0
-            assert ("--learning-rate" if "train" in code else "works together") in capsys.readouterr().out
+            assert HELPED.get(code, "--learning-rate") in capsys.readouterr().out
         elif code == "mmalign recipes copy NAME":
             cli.main(["recipes", "copy", "sdxl_diffusion_dpo"])
             assert (place / "sdxl_diffusion_dpo.py").is_file()
