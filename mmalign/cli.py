@@ -7,9 +7,10 @@ Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from mmalign import bundled
 from mmalign.generating import Sampling
@@ -19,11 +20,14 @@ USAGE = """usage: mmalign COMMAND [ARGUMENTS]   (mmalign COMMAND --help for its 
 
   quickstart            the whole loop on the embedded model: candidates, pairs, alignment, report
   cache RECIPE          encode a recipe's data once, so that training loads no encoders; --verify checks it
-  train RECIPE          align a model; every field of the recipe is a flag; --fit 24GB makes it fit
+  train RECIPE          align a model; every field of the recipe is a flag; --fit 24GB makes it fit;
+                        --launcher ddp [--num-processes 8] runs it on several accelerators
+  status OUTPUT         how a run is doing: step, rate, time left, last checkpoint, what was left out
   train-scorer RECIPE   train a reward model, and measure it on held-out prompts
   generate MODEL ...    candidates of one model or several, for prompts
   compare BASE ALIGNED  same prompts, same seeds: pictures, win rate with interval
   user make|blend       a user's embedding from four pairs; a taste between two users
+  votes export DATA_DIR the demo's votes as preference data
   score PATH            score pictures, tables, candidates or comparisons
   annotate PATH         have a vision-language model judge pictures in four aspects
   pairs SCORED          preference data of what was scored
@@ -60,8 +64,14 @@ def train(argv: Sequence[str]) -> None:
         raise UserError("mmalign train needs a recipe: a bundled name (see mmalign recipes) or a path to a .py file.")
     from mmalign.recipe import load_recipe, with_flags
 
-    limit, flags = _fit_flag(argv[1:])
+    profile, given = _own_flag("--launcher", argv[1:])
+    processes, given = _own_flag("--num-processes", given) if profile is not None else (None, given)
+    limit, flags = _own_flag("--fit", given)
     run = with_flags(load_recipe(argv[0]), flags, prog=f"mmalign train {argv[0]}")
+    if profile is not None:
+        from mmalign.training.distributed import launch
+
+        sys.exit(launch(profile, processes, ["train", argv[0], *given]))
     from mmalign.commands import quiet_libraries
     from mmalign.training.loop import train as run_training
 
@@ -93,17 +103,35 @@ def train(argv: Sequence[str]) -> None:
 
     from mmalign.console import stage
 
-    print(f"Done: {run_training(run, watch=watch, stage=stage)}")
+    try:
+        said = f"Done: {run_training(run, watch=watch, stage=stage)}"
+    except InterruptedError as error:  # by a signal, and saved
+        _, rest = _own_flag("--resume-from-checkpoint", argv)
+        said = f"{error}\n    {shlex.join(['mmalign', 'train', *rest, '--resume-from-checkpoint', 'latest'])}"
+    if os.environ.get("RANK", "0") == "0":
+        print(said, flush=True)
 
 
-def _fit_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Takes `--fit SIZE` out of the arguments: it is no field of the recipe, it chooses several."""
+def _own_flag(name: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `NAME VALUE`, which is no field of the recipe, out of the arguments."""
     rest = list(argv)
     for place, word in enumerate(rest):
-        if word == "--fit" or word.startswith("--fit="):
+        if word == name or word.startswith(f"{name}="):
             size = word.partition("=")[2] or "".join(rest[place + 1 : place + 2])
             return size, rest[:place] + rest[place + (1 if "=" in word else 2) :]
     return None, rest
+
+
+def status(output_dir: str) -> None:
+    """Tells how a run is doing, while it works and after it ended, however it did.
+
+    Args:
+        output_dir: of mmalign train.
+    """
+    from mmalign.status import facts_of
+
+    for name, value in facts_of(output_dir).items():
+        print(f"{name:<16}{value}")
 
 
 def train_scorer(argv: Sequence[str]) -> None:
@@ -327,6 +355,13 @@ def user(argv: Sequence[str]) -> None:
     run_command(argv)
 
 
+def votes(argv: Sequence[str]) -> None:
+    """Exports the demo's votes."""
+    from mmalign.voting import votes as run_command
+
+    run_command(argv)
+
+
 def scorers(argv: Sequence[str]) -> None:
     """Lists the bundled scorers, or tells everything about one."""
     from mmalign.commands import list_scorers, show_scorer
@@ -350,6 +385,7 @@ def demo(
     model: tuple[str, ...] = (),
     data_dir: str = "mmalign-demo",
     runs: str = ".",
+    prompts: str | None = None,
     port: int | None = None,
     host: str | None = None,
     auth: str | None = None,
@@ -362,6 +398,7 @@ def demo(
         model: NAME=SOURCE[+LORA], another model beside it, such as a checkpoint; once or more.
         data_dir: where votes, users and the media that were voted on are kept.
         runs: folder whose output folders of training can be looked at.
+        prompts: file of prompts that the Arena asks about; default, of the embedded model, those it is aligned on.
         port: of the page; default the first free one from 7860 on.
         host: address to listen on; default 127.0.0.1, which this machine alone reaches. Another needs --auth.
         auth: USER:PASSWORD, which the page then asks for.
@@ -374,7 +411,8 @@ def demo(
 
     sys.path.insert(0, str(bundled("demo")))  # its files import each other as they do in a Space
     launch = runpy.run_path(str(bundled("demo") / "app.py"))["launch"]
-    launch(base=base, loras=lora, models=model, data_dir=data_dir, runs_dir=runs, port=port, host=host, auth=auth)
+    given = {"data_dir": data_dir, "runs_dir": runs, "prompts": prompts}
+    launch(base=base, loras=lora, models=model, port=port, host=host, auth=auth, **given)
 
 
 FLAGS: dict[str, Callable[..., None]] = {
@@ -384,6 +422,7 @@ FLAGS: dict[str, Callable[..., None]] = {
     "score": score,
     "annotate": annotate,
     "pairs": pairs,
+    "status": status,
     "doctor": doctor,
     "demo": demo,
 }
@@ -394,6 +433,7 @@ OWN: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": recipes,
     "scorers": scorers,
     "user": user,
+    "votes": votes,
 }
 
 
@@ -456,17 +496,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             raise UserError(f"{name!r} is no command of mmalign; there are {', '.join(sorted(OWN | FLAGS))}.")
     except UserError as error:
-        print(f"mmalign: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(error, 2)
     except KeyboardInterrupt:
-        print("mmalign: interrupted.", file=sys.stderr)
-        sys.exit(1)
+        _end("interrupted.", 1)
     except (RuntimeError, InterruptedError) as error:
-        print(f"mmalign: the run failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"the run failed: {error}", 1)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(
-            f"mmalign: {error.filename or 'writing'}: {error.strerror or error}; nothing half-written is left.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        _end(f"{error.filename or 'writing'}: {error.strerror or error}; nothing half-written is left.", 2)
+
+
+def _end(said: Any, code: int) -> NoReturn:
+    """Says why, on one line and without the tokens that other libraries put into their errors, and ends."""
+    said = " ".join(str(said).split())
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(word in name.upper() for word in ("TOKEN", "KEY", "SECRET", "PASSWORD")):
+            said = said.replace(value, f"${name}")
+    print(f"mmalign: {said}", file=sys.stderr)
+    sys.exit(code)

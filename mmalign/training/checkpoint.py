@@ -11,16 +11,19 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmalign import storage
 from mmalign.records import UserError
+from mmalign.training.distributed import folder_of_all, is_sharded, read_shards, write_shards
 from mmalign.training.run import Run, differences
 
 PREFIX = "checkpoint-"
@@ -62,6 +65,8 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
 def save(output_dir: Path, network: nn.Module, state: Mapping[str, Any], progress: Progress, run: Run) -> Path:
     """Writes `checkpoint-N` whole or not at all, then removes those beyond the limit.
 
+    All processes call it for a sharded network, of which each writes its part.
+
     Args:
         output_dir: the run's folder.
         network: without wrappers.
@@ -72,23 +77,34 @@ def save(output_dir: Path, network: nn.Module, state: Mapping[str, Any], progres
     Raises:
         UserError: the disk is full; earlier checkpoints stand as they were.
     """
-    target = output_dir / f"{PREFIX}{progress.step}"
+    from accelerate import PartialState
+
+    target, sharded = output_dir / f"{PREFIX}{progress.step}", is_sharded(network)
     try:
-        with storage.atomic_folder(target) as folder:
-            weights = {name: parameter.detach().contiguous() for name, parameter in trained(network).items()}
-            save_file(weights, folder / "policy.safetensors")
-            torch.save({name: part.state_dict() for name, part in state.items()}, folder / "state.pt")
+        with folder_of_all(target) if sharded else storage.atomic_folder(target) as folder:
+            if sharded:
+                optimizer = write_shards(folder, network, state["optimizer"])
+                if not PartialState().is_main_process:
+                    return target
+            else:
+                weights = {name: parameter.detach().contiguous() for name, parameter in trained(network).items()}
+                save_file(weights, folder / "policy.safetensors")
+                optimizer = state["optimizer"].state_dict()
+            rest = {name: part.state_dict() for name, part in state.items() if name != "optimizer"}
+            with (folder / "state.pt").open("wb") as file:  # torch's own writer does not say that the disk is full
+                torch.save({"optimizer": optimizer, **rest}, file)
             storage.write_json(folder / "progress.json", dataclasses.asdict(progress))
             storage.write_json(folder / "recipe.json", run.resolved())
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise disk_error(error, target, output_dir) from error
     prune(output_dir, run.checkpoints_total_limit)
     return target
 
 
-def disk_error(error: OSError, target: Path, output_dir: Path) -> Exception:
-    """A full disk in one sentence; any other error as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+def disk_error(error: Exception, target: Path, output_dir: Path) -> Exception:
+    """A full disk in one sentence, whoever met it; any other error as it is."""
+    full = map(os.strerror, (errno.ENOSPC, errno.EDQUOT))
+    if not any(words in f"{error} {error.__context__}" for words in full):
         return error
     last = storage.newest(output_dir)
     standing = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
@@ -131,7 +147,8 @@ def find(run: Run) -> Path | None:
         found = Path(run.resume_from_checkpoint)
         if not storage.verify(found):
             raise UserError(f"{found}: is no whole checkpoint; give a folder that mmalign saved, or latest.")
-    other = differences(run.resolved(), storage.read_json(found / "recipe.json"))
+    with _readable(found):
+        other = differences(run.resolved(), storage.read_json(found / "recipe.json"))
     if other:
         raise UserError(
             f"{found}: is of another run (its {', '.join(other)} differ); give the same recipe, or start anew."
@@ -139,27 +156,47 @@ def find(run: Run) -> Path | None:
     return found
 
 
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """One sentence for a checkpoint that is whole, but not as `save` writes it."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{folder}: cannot be read ({reason}); give another checkpoint, or start anew.") from error
+
+
 def restore(folder: Path, network: nn.Module, state: Mapping[str, Any], groups_per_step: int) -> Progress:
     """Loads what `save` wrote.
 
     Raises:
-        UserError: its optimizer step had another number of comparisons, or its weights do not fit.
+        UserError: its optimizer step had another number of comparisons, its weights do not fit, or it is not `save`'s.
     """
+    with _readable(folder):
+        return _restored(folder, network, state, groups_per_step)
+
+
+def _restored(folder: Path, network: nn.Module, state: Mapping[str, Any], groups_per_step: int) -> Progress:
     progress = Progress(**storage.read_json(folder / "progress.json"))
     if progress.groups_per_step != groups_per_step:
         raise UserError(
             f"{folder}: a step of it had {progress.groups_per_step} comparisons, now {groups_per_step}; keep"
             " train_batch_size x gradient_accumulation_steps x processes the same."
         )
-    saved, own = load_file(folder / "policy.safetensors"), trained(network)
-    if saved.keys() != own.keys():
-        raise UserError(f"{folder}: its weights do not fit this model; give the same model and LoRA settings.")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
-    loaded = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    for name, part in state.items():
-        part.load_state_dict(loaded[name])
+    loaded = storage.load_tensors(folder / "state.pt")
+    if not (folder / "policy.safetensors").exists():
+        read_shards(folder, network, state["optimizer"], loaded.pop("optimizer"))
+    elif is_sharded(network):
+        raise UserError(f"{folder}: was saved without shards; go on with the launcher that it was saved with.")
+    else:
+        saved, own = load_file(folder / "policy.safetensors"), trained(network)
+        if saved.keys() != own.keys():
+            raise UserError(f"{folder}: its weights do not fit this model; give the same model and LoRA settings.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+    for name, value in loaded.items():
+        state[name].load_state_dict(value)
     return progress
 
 
@@ -179,7 +216,7 @@ def export(modality: Any, output_dir: Path) -> list[str]:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(staging / name, target)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise disk_error(error, output_dir, output_dir) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

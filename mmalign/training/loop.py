@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mmalign.data.loader import Batches
 from mmalign.data.users import USERS_FILE, read_users, write_users
 from mmalign.records import Comparison, UserError
 from mmalign.surrogate import AnswerTokens
-from mmalign.training import checkpoint, hub
+from mmalign.training import checkpoint, distributed, hub
 from mmalign.training.cached import as_it_is, cache_of, read_data, reference_of
 from mmalign.training.card import write_card
 from mmalign.training.memory import peak_bytes, plan
@@ -64,10 +65,26 @@ def train(
 
     Raises:
         UserError: something in the recipe, the data or the output folder is wrong.
+        BlockingIOError: another run writes into the output folder.
+        InterruptedError: SIGTERM or Ctrl-C; the step under way was finished and saved.
         RuntimeError: too many steps had non-finite gradients, or one of a fused backward; or the upload failed (the
             output folder is whole then).
     """
     accelerator = make_accelerator(run)
+    with storage.only_writer(run.output_dir) if accelerator.is_main_process else nullcontext():
+        return _train(run, accelerator, modality, comparisons, watch, say, stage)
+
+
+def _train(
+    run: Run,
+    accelerator: Any,
+    modality: Any,
+    comparisons: Sequence[Comparison] | None,
+    watch: Watch | None,
+    say: Callable[[str], None],
+    stage: Stage,
+) -> Path:
+    """`train`, when no other run can write into the output folder."""
     if not accelerator.is_main_process:
         say, stage = _silent, silent
     resume = checkpoint.find(run)  # before anything is read or loaded
@@ -89,14 +106,14 @@ def train(
     if run.cache_reference and cache:
         untouched = Step(run, modality, as_it_is, accelerator, cache)
         reference = reference_of(run, cache, untouched, dtype_of(run, accelerator), stage=stage)
-    learner = Learner(run, modality, accelerator)
+    learner = Learner(run, modality, accelerator, views)
     progress = learner.resume(resume, say)
     batches = _deal(run, comparisons, accelerator)
     step = Step(run, modality, views, accelerator, cache)
     step.reference = reference
-    validation = Validation(run, modality, views) if run.validation_prompts and accelerator.is_main_process else None
+    validation = Validation(run, modality, views, accelerator) if run.validation_prompts else None
     _check_first(run, step, batches)
-    output_dir = _open_output(run, accelerator)
+    output_dir = _open_output(run, accelerator, cache.counts if cache else {"comparisons": len(comparisons)})
     log = Log(output_dir, accelerator, progress.step, watch)
 
     _all_steps(run, step, batches, learner, progress, validation, log)
@@ -105,7 +122,7 @@ def train(
     if _stops_early(run, progress):
         best = "no finite score" if progress.best is None else f"{progress.best:.4g} at step {progress.best_step}"
         say(f"Stopped early at step {progress.step}: the best of {run.validation_scorers[-1]} was {best}.")
-    modality.network = learner.network
+    modality.network = learner.whole()
     if accelerator.is_main_process:
         _write_result(run, modality, log, len(comparisons))
     # The DDP wrapper goes first: were it the last to hold the process group, its destructor would wait under the GIL
@@ -127,13 +144,18 @@ class Learner:
         run: its optimizer and schedule.
         modality: its network's trained parameters are taken (`prepare_policy` chose them).
         accelerator: wraps, clips and scales.
+        views: their frozen copy is wrapped too.
     """
 
-    def __init__(self, run: Run, modality: Any, accelerator: Any) -> None:
+    def __init__(self, run: Run, modality: Any, accelerator: Any, views: WeightViews) -> None:
         self.run, self.accelerator, self.network = run, accelerator, modality.network
-        self.parameters = list(checkpoint.trained(self.network).values())
-        optimizer, self.scheduler = make_optimizer(run, self.parameters)
+        optimizer, self.scheduler = make_optimizer(run, list(checkpoint.trained(self.network).values()))
+        if views.frozen:
+            views.frozen = accelerator.prepare_model(views.frozen, evaluation_mode=True)  # the policy's precision
+        if accelerator.is_fsdp2:
+            self.skeleton = distributed.shard(accelerator, self.network, views.frozen)
         modality.network, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.parameters = list(checkpoint.trained(self.network).values())
         self.fused = FusedBackward(self.optimizer.optimizer) if run.fused_backward else None
         self.state = {"optimizer": self.optimizer.optimizer, "lr_scheduler": self.scheduler}
         if accelerator.scaler is not None:
@@ -157,7 +179,12 @@ class Learner:
         """Clips the gradient; returns its norm before that, which tells whether the weights may move."""
         if self.fused:
             return self.fused.norm(empty)
-        return self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm or math.inf)
+        return norm.full_tensor() if self.accelerator.is_fsdp2 else norm
+
+    def whole(self) -> Any:
+        """The network without wrappers and shards; sharded, it is only on the main process, and all have to ask."""
+        return distributed.whole(self.network, self.skeleton) if self.accelerator.is_fsdp2 else self.network
 
     def update(self, grad_norm: float, empty: bool) -> float:
         """One step of the optimizer and of its schedule; an empty step, or a non-finite gradient, changes no weight.
@@ -189,13 +216,13 @@ class Learner:
         return learning_rate
 
 
-def _open_output(run: Run, accelerator: Any) -> Path:
-    """The output folder, without what a killed run left half-written, and with the recipe inside."""
+def _open_output(run: Run, accelerator: Any, counts: Mapping[str, int]) -> Path:
+    """The output folder, without what a killed run left half-written, and with the recipe and data's counts inside."""
     output_dir = Path(run.output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         storage.sweep(output_dir)
-        storage.write_json(output_dir / "recipe.json", {**run.resolved(), "versions": versions()})
+        storage.write_json(output_dir / "recipe.json", {**run.resolved(), "data": counts, "versions": versions()})
     return output_dir
 
 
@@ -211,7 +238,7 @@ def _all_steps(
     """From where `progress` is to the end: each step is taken, watched, logged and, when it is time, saved.
 
     Raises:
-        InterruptedError: SIGTERM came; the step under way was finished and saved.
+        InterruptedError: SIGTERM or Ctrl-C; the step under way was finished and saved.
         RuntimeError: too many steps had non-finite gradients, or one of a fused backward.
     """
     accelerator = step.accelerator
@@ -222,28 +249,21 @@ def _all_steps(
             metrics = _one_step(run, step, batches, learner, progress, micro_batches)
             if validation and (progress.step % run.validation_steps == 0 or progress.step == run.max_train_steps):
                 metrics |= validation(progress.step)
-            _judge(run, progress, metrics, accelerator)
+            if run.early_stop and progress.step % run.validation_steps == 0:
+                progress.judged(metrics[f"validation/{run.validation_scorers[-1]}"])
             last = progress.step == run.max_train_steps or _stops_early(run, progress)
             log.write(progress.step, metrics)
-            if progress.step % run.checkpointing_steps == 0 or last or stop():
-                if accelerator.is_main_process:
+            stopping = distributed.any_of(accelerator, stop())
+            if progress.step % run.checkpointing_steps == 0 or last or stopping:
+                if accelerator.is_main_process or accelerator.is_fsdp2:
                     checkpoint.save(Path(run.output_dir), learner.network, learner.state, progress, run)
                 accelerator.wait_for_everyone()
-            if stop():
+            if stopping:
                 raise InterruptedError(
-                    f"Stopped by a signal after step {progress.step}; go on with --resume-from-checkpoint latest."
+                    f"Stopped by a signal after step {progress.step}, saved; go on by --resume-from-checkpoint latest."
                 )
             if last:
                 return
-
-
-def _judge(run: Run, progress: checkpoint.Progress, metrics: dict[str, float], accelerator: Any) -> None:
-    """Tells `progress` the score that `early_stop` follows, on every process."""
-    if run.early_stop and progress.step % run.validation_steps == 0:
-        # The main process alone has validated: all of them need its score, to stop at the same step
-        own = metrics[f"validation/{run.validation_scorers[-1]}"] if accelerator.is_main_process else 0.0
-        score = torch.tensor([own], dtype=torch.float64, device=accelerator.device)
-        progress.judged(accelerator.reduce(score, "sum").item())
 
 
 def _stops_early(run: Run, progress: checkpoint.Progress) -> bool:
@@ -263,18 +283,29 @@ def _one_step(
     first = progress.step * run.gradient_accumulation_steps
     own = sum(step.terms(batches.batch(first + m)) for m in range(run.gradient_accumulation_steps))
     counted = float(own)
+    parts = [part for items, draws in micro_batches for part in step.split(items, draws)]
+    calls = [0] * len(parts)
     if accelerator.num_processes > 1:
-        counted = accelerator.reduce(torch.tensor([counted], device=accelerator.device), "sum").item()
-    # DDP averages gradients over processes, the step's mean is over their sum
+        most = run.train_batch_size * run.gradient_accumulation_steps
+        calls = [len(step.rows(sum(len(item.media) for item in items))) for items, _ in parts]
+        told = distributed.gathered(accelerator, [counted, *calls, *[0] * (most - len(parts))])
+        counted = told[:, 0].sum().item()
+        if accelerator.is_fsdp2:
+            calls = [int(count) for count in told[:, 1:].amax(0) if count]
+    # DDP and FSDP average gradients over processes, the step's mean is over their sum
     scale = accelerator.num_processes / max(counted, 1.0)
     meter, samples = Meter(), 0
-    parts = [part for items, draws in micro_batches for part in step.split(items, draws)]
-    for number, (items, draws) in enumerate(parts):
+    for number, step.calls in enumerate(calls):
+        items, draws = parts[min(number, len(parts) - 1)]
+        repeated = number >= len(parts)  # while others have more
         probe, feedback = step.probe(items, draws)
         known = step.known(items, draws)
-        likelihood, loss = step.backward(probe, feedback, scale, last=number == len(parts) - 1, known=known)
-        meter.add(likelihood, loss, feedback)
-        samples += len(probe)
+        likelihood, loss = step.backward(
+            probe, feedback, 0.0 if repeated else scale, last=number == len(calls) - 1, known=known
+        )
+        if not repeated:
+            meter.add(likelihood, loss, feedback)
+            samples += len(probe)
     metrics = meter.means(accelerator, grad_norm=learner.clip(empty=not counted))
     learning_rate = learner.update(metrics["grad_norm"], empty=not counted)
     progress.step += 1
@@ -402,17 +433,28 @@ def dtype_of(run: Run, accelerator: Any) -> torch.dtype:
 
 @contextmanager
 def _terminated() -> Iterator[Callable[[], bool]]:
-    """Tells whether SIGTERM came; the step under way is finished and saved first."""
+    """Tells whether SIGTERM or SIGINT (Ctrl-C) came; the step under way is finished and saved first.
+
+    A second Ctrl-C ends the run at once.
+    """
     caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        if not caught:
+            os.write(2, b"Stopping after this step; Ctrl-C ends it at once.\n")  # print is not for signal handlers
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+        before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: somebody else's signals
         yield lambda: False
         return
     try:
         yield lambda: bool(caught)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Log:
@@ -420,6 +462,7 @@ class Log:
 
     def __init__(self, output_dir: Path, accelerator: Any, step: int, watch: Watch | None) -> None:
         self.file, self.accelerator, self.watch = output_dir / "metrics.jsonl", accelerator, watch
+        self.since = time.perf_counter()
         if accelerator.is_main_process:
             kept = [row for row in self.rows() if row["step"] <= step] if step else []
             with storage.atomic_file(self.file) as temp:
@@ -429,13 +472,15 @@ class Log:
 
     def rows(self) -> list[dict[str, float]]:
         """What was logged so far."""
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        return storage.read_lines(self.file)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a step's line."""
         if self.accelerator.is_main_process:
             with self.file.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                now = time.perf_counter()  # with all between two steps: reading, validation, saving
+                file.write(json.dumps({"step": step, "seconds": now - self.since, **metrics}) + "\n")
+                self.since = now
             if self.watch:
                 self.watch(step, metrics)
         if self.accelerator.log_with:

@@ -17,6 +17,7 @@ from mmalign.data.users import read_users
 from mmalign.records import UserError
 from mmalign.surrogate.probes import at_least_float32
 from mmalign.training.cached import framed
+from mmalign.training.distributed import start_sharding
 from mmalign.training.run import Run
 from mmalign.training.views import WeightViews, adapter_layers
 
@@ -25,17 +26,23 @@ def make_accelerator(run: Run) -> Any:
     """Accelerate's engine, in the run's precision.
 
     Raises:
-        UserError: weights are to move before several processes have summed their gradients.
+        UserError: weights are to move before several processes have summed their gradients, or cannot be sharded.
     """
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     precision = run.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     log_with = None if run.report_to == "none" else run.report_to
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=log_with, project_dir=Path(run.output_dir) if log_with else None
+        mixed_precision=precision,
+        log_with=log_with,
+        project_dir=Path(run.output_dir) if log_with else None,
+        # Buffers are constants here, and processes call the network differently often
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    start_sharding(run, accelerator)
     if run.fused_backward and accelerator.num_processes > 1:
         raise UserError(f"fused_backward is for one process, and there are {accelerator.num_processes}; leave it out.")
     return accelerator

@@ -111,6 +111,7 @@ class Step:
         self.empty = self.encode.empty() if run.proportion_empty_prompts else None
         self.reference: Callable[[Sequence[Any], Sequence[int]], Tensor] | None = None  # known answers, if cached
         self.users: Users | None = read_users(run.users) if run.users else None
+        self.calls = 0  # of the network for one view of a batch, at least: sharded, processes make equally many
 
     def terms(self, items: Sequence[Comparison]) -> int:
         """How many numbers the objective will return for these comparisons."""
@@ -162,12 +163,14 @@ class Step:
         """For draws that ask the network themselves (inversions): no gradient, row by row where memory asks."""
         probe = NoisedProbe(self.modality.path, x_t, t, torch.zeros_like(x_t), cond, x_t)
         with self.views(view):
-            return torch.cat([self.modality.predict(probe[rows], view) for rows in self.rows(len(probe))])
+            answers = [self.modality.predict(probe[rows], view) for rows in self.rows(len(probe))]
+        return torch.cat(answers)[: len(probe)]
 
     def rows(self, count: int) -> list[slice]:
-        """The rows that are asked at once."""
+        """The rows that are asked at once; the last again and again where others have more."""
         size = self.run.rows_at_once if self.run.backward == "two-pass" else count
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        own = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        return own + own[-1:] * (self.calls - len(own))
 
     def backward(
         self, probe: Probe, feedback: Feedback, scale: float, last: bool, known: Mapping[str, Tensor] | None = None
@@ -190,7 +193,9 @@ class Step:
         return Likelihood(logp, {}, probe), loss.detach()
 
     def _sync(self, wanted: bool) -> Any:
-        return nullcontext() if wanted else self.accelerator.no_sync(self.modality.network)
+        # Sharded, gradients that wait for their sum would be whole on each process
+        always = wanted or self.accelerator.is_fsdp2
+        return nullcontext() if always else self.accelerator.no_sync(self.modality.network)
 
     def _plain(
         self, probe: Probe, feedback: Feedback, scale: float, last: bool, known: Mapping[str, Tensor]
@@ -223,16 +228,17 @@ class Step:
                 ).logp
                 for part in rows
             ]
-        logp = {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+        logp = {view: torch.cat([part[view] for part in parts])[: len(probe)] for view in parts[0]}
         leaf = logp["policy"] = logp["policy"].requires_grad_()
         likelihood = Likelihood(logp, {}, probe)
         loss = self.objective(likelihood, feedback)
         (coefficient,) = torch.autograd.grad(loss.sum() * scale, leaf)
-        for part in rows:
-            with self._sync(last and part is rows[-1]):
+        for number, part in enumerate(rows):
+            with self._sync(last and number == len(rows) - 1):
                 asked = probe[part]
                 value = asked.logp(self.modality.predict(asked, "policy"))
-                self.accelerator.backward((coefficient[part] * value).sum())
+                repeated = number > 0 and part == rows[number - 1]
+                self.accelerator.backward((coefficient[part] * value).sum() * (not repeated))
         return likelihood, loss
 
 

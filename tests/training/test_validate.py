@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import mmalign
@@ -92,7 +93,7 @@ def test_the_train_state_does_not_matter_and_stays(run, training, tmp_path):
     modality.network.add_adapter(_lora(modality), "policy")
     modality.network.train(training)
     gradients = [parameter.requires_grad for parameter in modality.network.parameters()]
-    metrics = Validation(run, modality, WeightViews(modality))(7)
+    metrics = Validation(run, modality, WeightViews(modality), Accelerator())(7)
     assert modality.network.training is training
     assert [parameter.requires_grad for parameter in modality.network.parameters()] == gradients
     assert metrics["validation/brightness_change"] != 0
