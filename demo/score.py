@@ -141,6 +141,8 @@ def chart(names: Sequence[str], scores: Mapping[str, Sequence[float]]) -> Any:
         labels = [names[row][-24:].replace("$", r"\$") for row in order]  # $ begins a formula
         shown = len(names) <= MAX_NAMED
         axes.set_yticks(range(len(order)) if shown else (), labels if shown else (), fontsize=8)
+        axes.set_ylim(-0.6, len(order) - 0.4)
+        axes.tick_params(axis="x", labelsize=8)
         axes.set_title(scorer, fontsize=9, loc="left")
         axes.grid(alpha=0.3, linewidth=0.5)
     return figure
@@ -166,7 +168,7 @@ def tab(studio: Studio) -> None:
                          min_height=48)  # fmt: skip
     with gr.Row():
         rows = gr.Dataframe(headers=["picture"], datatype="str", interactive=False, elem_id="score-table", scale=3)
-        plot = gr.Plot(label="Scores", elem_id="score-plot", scale=2)
+        plot = gr.Plot(show_label=False, elem_id="score-plot", scale=2)
     sheet = gr.DownloadButton("Download CSV", size="sm", elem_id="score-download")
 
     inputs = [files, prompt, scorers]
