@@ -3,13 +3,15 @@
 import functools
 import random
 import re
+from html import escape
 from typing import Any
 
 import gradio as gr
 from compare import check, new_seed
 from studio import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, Stopped, Studio
 
-from mmalign.data.users import USERS_FILE, read_users
+from mmalign import embedded
+from mmalign.data.users import USERS_FILE, Users, read_users
 from mmalign.modalities.taste import PAIRS
 from mmalign.personal import STABLE, Choices, add_users, between, load_encoder
 from mmalign.records import UserError
@@ -32,9 +34,9 @@ class Personalise:
         self.studio = studio
         self.file = studio.data_dir / USERS_FILE
 
-    def users(self) -> dict[str, Any]:
+    def users(self) -> Users:
         """Everybody who has an embedding here."""
-        return dict(read_users(self.file).vectors) if self.file.exists() else {}
+        return read_users(self.file) if self.file.exists() else Users({})
 
     def refuse_pair(self, prompts: str, names: list[str], steps: float, guidance: float) -> None:
         """Shows what is wrong with what pairs are made of, and nothing else."""
@@ -45,38 +47,37 @@ class Personalise:
             check(line, 0, steps, guidance)
         if not names:
             raise gr.Error("Choose a model that makes the pictures.")
+        try:
+            for name in names:
+                self.studio.entry(name)
+        except UserError as error:
+            raise gr.Error(escape(str(error))) from error
 
     def pair(
         self, prompts: str, names: list[str], steps: float, guidance: float, request: gr.Request,
         show: gr.Progress = gr.Progress(),  # noqa: B008 gradio finds it by its default
     ) -> tuple[Any, ...]:  # fmt: skip
-        """A prompt and two pictures of it, by two of the models if there are two; nothing when it is cancelled."""
+        """A prompt and two pictures of it, by two of the models if there are two."""
         self.refuse_pair(prompts, names, steps, guidance)
         prompt = random.choice(lines_of(prompts))
         makers = random.sample(names, 2) if len(names) > 1 else names * 2
-        try:
-            pictures = self.make([(name, prompt, new_seed(), steps, guidance, None) for name in makers], request, show)
-        except Stopped:
-            return None, None, None, ""
+        pictures = self.make([(name, prompt, new_seed(), steps, guidance, None) for name in makers], request, show)
         return (prompt, *pictures), *pictures, prompt
 
     def make(self, asked: list[tuple[Any, ...]], request: gr.Request, show: Any) -> list[Any]:
-        """Pictures, each of (model, prompt, seed, steps, guidance, user).
-
-        Raises:
-            Stopped: the visitor cancelled.
-        """
+        """Pictures, each of (model, prompt, seed, steps, guidance, user)."""
         made: list[Any] = []
         try:
-            with self.studio.job(
-                request.session_hash, lambda share: show((len(made) + share) / len(asked))
-            ) as progress:
+            with self.studio.job(request.session_hash, lambda part: show((len(made) + part) / len(asked))) as progress:
                 for name, prompt, seed, steps, guidance, user in asked:
                     if (medium := self.studio.modality_of(name).medium) != "picture":
                         raise UserError(f"{name} makes {medium}s; choose a model of pictures.")
-                    made.append(self.studio.make(name, prompt, seed, steps, guidance, user=user, progress=progress))
+                    settings = (prompt.strip(), int(seed), int(steps), guidance)
+                    made.append(self.studio.make(name, *settings, user=user, progress=progress))
+        except Stopped:
+            raise gr.Error("Cancelled.") from None
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(escape(str(error))) from error
         return made
 
     def refuse_choice(self, shown: tuple[Any, ...] | None, choices: Choices) -> None:
@@ -86,40 +87,43 @@ class Personalise:
         if len(choices.parts) >= MAX_CHOICES:
             raise gr.Error(f"{MAX_CHOICES} choices are enough; give the taste a name.")
 
-    def choose(self, shown: tuple[Any, ...], choices: Choices, side: int) -> tuple[None, Choices, str]:
-        """The visitor likes the picture of `side` better."""
+    def choose(self, shown: tuple[Any, ...], choices: Choices, side: int) -> tuple[None, str, Choices, str]:
+        """The visitor likes the picture of `side` better; then nothing is asked until there is another pair."""
         self.refuse_choice(shown, choices)
         prompt, *pictures = shown
         try:
             choices = choices.plus(prompt, pictures[side], pictures[1 - side], encoder())
         except UserError as error:
-            raise gr.Error(str(error)) from error
-        return None, choices, told(choices)
+            raise gr.Error(escape(str(error))) from error
+        return None, "", choices, told(choices)
 
     def stop(self, request: gr.Request) -> None:
         """Ends the work at its next step."""
         self.studio.stop(request.session_hash)
 
+    def no_pair(self, request: gr.Request) -> tuple[Any, ...]:
+        """Ends the making of a pair."""
+        self.stop(request)
+        return None, None, None, ""
+
     def listed(self) -> tuple[Any, Any]:
         """Everybody, for the two lists."""
-        names = sorted(self.users())
+        names = sorted(self.users().vectors)
         return gr.update(choices=names), gr.update(choices=[NOBODY, *names])
 
     def name(self, name: str, choices: Choices) -> None:
         """Stores the embedding."""
         name = (name or "").strip()
         if not NAME.fullmatch(name) or name == NOBODY:
-            raise gr.Error(
-                "A name has at most 40 letters, digits, spaces and . + @ - and begins with a letter or digit."
-            )
+            raise gr.Error("A name has at most 40 letters, digits, spaces and . + @ -, and begins with a letter.")
         if len(choices.parts) < PAIRS:
             raise gr.Error(f"{len(choices.parts)} choices so far; at least {PAIRS} are needed.")
-        if len(self.users()) >= MAX_USERS:
+        if len(self.users().vectors) >= MAX_USERS:
             raise gr.Error(f"There are {MAX_USERS} users already; ask whoever started the demo to remove some.")
         try:
             add_users(self.file, {name: choices.embedding}, encoder().facts, new=True)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(escape(str(error))) from error
         gr.Info(f"{name} is stored.")
 
     def refuse_taste(
@@ -132,7 +136,7 @@ class Personalise:
                 raise gr.Error(f"{model} cannot be told whom it makes pictures for; choose another model.")
             self.taste(model, one, other, weight)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(escape(str(error))) from error
 
     def taste(self, model: str, one: str, other: str, weight: float) -> Any:
         """The embedding [D] of a user, or of what lies between two.
@@ -140,7 +144,9 @@ class Personalise:
         Raises:
             UserError: there is no such user, or the model was trained on embeddings of another kind.
         """
-        users = read_users(self.file)
+        users = self.users()
+        if one not in users.vectors or other not in {NOBODY, *users.vectors}:
+            raise UserError("Choose a taste of the list; the upper part of this page makes one.")
         trained = read_users(f"{self.studio.entry(model).user_layers}/{USERS_FILE}")
         if dict(users.facts) != dict(trained.facts):
             raise UserError(f"{model} knows embeddings of another encoder; make the users anew with that one.")
@@ -158,10 +164,7 @@ class Personalise:
         self.refuse_taste(model, one, other, weight, prompt, seed, steps, guidance)
         whose = one if other == NOBODY else f"{1 - weight:.0%} {one}, {weight:.0%} {other}"
         asked = [(model, prompt, seed, steps, guidance, user) for user in (None, self.taste(model, one, other, weight))]
-        try:
-            plain, personal = self.make(asked, request, show)
-        except Stopped:
-            return gr.skip(), gr.skip()
+        plain, personal = self.make(asked, request, show)
         return plain, gr.update(value=personal, label=f"For {whose}")
 
 
@@ -185,8 +188,14 @@ def tab(studio: Studio) -> None:
     choices, pair = gr.State(Choices()), gr.State()
     gr.Markdown(HOW)
     with gr.Row():
+        examples = embedded.prompts("pairs")[::97][:8] if studio.examples else []
         prompts = gr.Textbox(
-            "\n".join(studio.examples), lines=4, max_lines=8, label="Prompts, one a line", elem_id="personal-prompts"
+            "\n".join(examples),
+            lines=4,
+            max_lines=8,
+            label="Prompts, one a line",
+            min_width=240,
+            elem_id="personal-prompts",
         )
         names = gr.CheckboxGroup(studio.names, value=studio.names[:2], label="Models that make the pictures")
     with gr.Accordion("Sampling", open=False, elem_id="personal-sampling"), gr.Row():
@@ -195,10 +204,10 @@ def tab(studio: Studio) -> None:
         )
         guidance = gr.Slider(1, MAX_GUIDANCE, studio.sampling["guidance_scale"], step=0.5, label="Guidance")
     with gr.Row():
-        go = gr.Button("Show a pair", variant="primary", elem_id="personal-pair")
-        stop = gr.Button("Cancel", elem_id="personal-cancel")
-        again = gr.Button("Forget my choices", elem_id="personal-again")
-    asked = gr.Textbox(label="Which do you like better for", interactive=False, elem_id="personal-asked")
+        go = gr.Button("Show a pair", variant="primary", size="sm", elem_id="personal-pair")
+        stop = gr.Button("Cancel", size="sm", elem_id="personal-cancel")
+        again = gr.Button("Forget my choices", size="sm", elem_id="personal-again")
+    asked = gr.Textbox(label="Which do you like better for", lines=2, interactive=False, elem_id="personal-asked")
     pictures, likes = [], []
     with gr.Row():
         for side, place in enumerate(("left", "right")):
@@ -207,21 +216,22 @@ def tab(studio: Studio) -> None:
                 likes.append(gr.Button(f"I like the {place} one", elem_id=f"personal-like-{side}"))
     progress = gr.Markdown(told(Choices()), elem_id="personal-progress")
     with gr.Row(equal_height=True):
-        name = gr.Textbox(label="Name of this taste", max_length=40, scale=4, elem_id="personal-name")
-        save = gr.Button("Store", scale=1, min_width=120, elem_id="personal-save")
+        name = gr.Textbox(label="Name of this taste", max_length=40, scale=4, min_width=240, elem_id="personal-name")
+        save = gr.Button("Store", size="sm", scale=1, min_width=120, elem_id="personal-save")
     private = {"api_visibility": "private"}
     shared = {"concurrency_id": "models", "show_progress_on": pictures}
     making = [prompts, names, steps, guidance]
     shown = [pair, *pictures, asked]
-    go.click(page.refuse_pair, making, None, **private).success(page.pair, making, shown, **shared, **private)
+    first = go.click(page.refuse_pair, making, None, **private)
+    work = [first.success(page.pair, making, shown, **shared, **private)]
     for side, like in enumerate(likes):
         checked = like.click(page.refuse_choice, [pair, choices], None, **private)
         chosen = checked.success(
-            functools.partial(page.choose, side=side), [pair, choices], [pair, choices, progress], **private
+            functools.partial(page.choose, side=side), [pair, choices], [pair, asked, choices, progress], **private
         )
-        chosen.success(page.pair, making, shown, **shared, **private)
+        work.append(chosen.success(page.pair, making, shown, **shared, **private))
     again.click(lambda: (Choices(), told(Choices())), None, [choices, progress], **private)
-    stop.click(page.stop, None, None, queue=False, **private)
+    stop.click(page.no_pair, None, shown, queue=False, cancels=work, **private)
 
     gr.Markdown("### Pictures for a taste")
     models = [model for model in studio.names if studio.entry(model).user_layers]
@@ -233,21 +243,26 @@ def tab(studio: Studio) -> None:
             weight = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the other", elem_id="personal-weight")
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
-                (studio.examples or [""])[0], label="Prompt", max_length=MAX_PROMPT, scale=5, elem_id="personal-prompt"
+                (studio.examples or [""])[0],
+                label="Prompt",
+                max_length=MAX_PROMPT,
+                scale=5,
+                min_width=240,
+                elem_id="personal-prompt",
             )
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=90)
         with gr.Row():
-            make = gr.Button("Generate", variant="primary", elem_id="personal-go")
-            end = gr.Button("Cancel")
+            make = gr.Button("Generate", variant="primary", size="sm", elem_id="personal-go")
+            end = gr.Button("Cancel", size="sm")
         with gr.Row():
             made = [picture("For nobody", "personal-plain"), picture("For this taste", "personal-made")]
     if not models:
         gr.Markdown(NO_LAYERS, elem_id="personal-none")
     given = [model, one, other, weight, prompt, seed, steps, guidance]
-    make.click(page.refuse_taste, given, None, **private).success(
+    made_for = make.click(page.refuse_taste, given, None, **private).success(
         page.generate, given, made, concurrency_id="models", api_name="personal"
     )
-    end.click(page.stop, None, None, queue=False, **private)
+    end.click(page.stop, None, None, queue=False, cancels=made_for, **private)
     stored = save.click(page.name, [name, choices], None, **private)
     stored.success(page.listed, None, [one, other], **private)
     gr.on(None, page.listed, None, [one, other], **private)  # whenever the page is loaded
@@ -255,4 +270,5 @@ def tab(studio: Studio) -> None:
 
 def picture(label: str, name: str) -> gr.Image:
     """A place for a picture."""
-    return gr.Image(label=label, format="png", interactive=False, buttons=["download"], height=320, elem_id=name)
+    look = {"height": 320, "elem_classes": "picture", "elem_id": name}
+    return gr.Image(label=label, format="png", interactive=False, buttons=["download"], **look)

@@ -38,7 +38,7 @@ class Runs:
         try:
             return read_output(self.root / name)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(escape(str(error))) from error
 
     def refuse(self, name: str | None, number: float = 1) -> None:
         """Shows what is wrong with a run or a validation of it, and nothing else."""
@@ -49,7 +49,7 @@ class Runs:
             for path in validation[int(number) - 1 : int(number)]:
                 read_validation(path)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(escape(str(error))) from error
 
     def show(self, name: str) -> tuple[Any, ...]:
         """Facts, curves, the slider and the recipe."""
@@ -58,17 +58,16 @@ class Runs:
         slider = gr.update(maximum=max(count, 2), value=max(count, 1), visible=count > 1)
         return facts(name, run), figures(run.rows), slider, json.dumps(run.recipe, indent=2, ensure_ascii=False)
 
-    def validation(self, name: str, number: float) -> tuple[Any, Any]:
-        """The picture, or the table of answers, of the `number`th validation."""
+    def validation(self, name: str, number: float) -> tuple[str, Any, Any]:
+        """The step, and the picture or the table of answers, of the `number`th validation."""
         steps = list(self.check(name).validation.items())
         if not steps:
-            return gr.update(value=None, visible=False), gr.update(value=None, visible=False)
+            return "There is no validation.", gr.update(visible=False), gr.update(visible=False)
         step, path = steps[int(number) - 1]
         shown = read_validation(path)
-        label = f"Step {step}: base above policy, the same prompts and seeds"
-        if isinstance(shown, list):
-            return gr.update(visible=False), gr.update(value=shown, label=f"Step {step}", visible=True)
-        return gr.update(value=shown, label=label, visible=True), gr.update(visible=False)
+        title, answers = f"Step {step:,}: the same prompts and seeds", isinstance(shown, list)
+        image = gr.update(visible=False) if answers else gr.update(value=shown, visible=True)
+        return title, image, gr.update(value=shown, visible=True) if answers else gr.update(visible=False)
 
 
 def facts(name: str, run: Output) -> str:
@@ -78,7 +77,7 @@ def facts(name: str, run: Output) -> str:
     parts = [f"step {step:,} of {recipe.get('max_train_steps', '?')}"]
     parts += [f"{recipe['objective'].get('name')} on {recipe.get('dataset_name')}"]
     if judges := recipe.get("validation_scorers"):
-        parts += [f"validated by {', '.join(map(str, judges))}; held out of the data should be the last"]
+        parts += [f"judged by {', '.join(map(str, judges))} (the last should not have chosen the data)"]
     return f"<b>{escape(name)}</b>: {escape(', '.join(parts))}."
 
 
@@ -97,26 +96,34 @@ def tab(studio: Studio) -> None:
     runs = Runs(studio)
     names = list_outputs(studio.runs_dir)
     with gr.Row(equal_height=True):
-        name = gr.Dropdown(names, value=None, label="Output folder of mmalign train", scale=5, elem_id="runs-name")
-        again = gr.Button("Look again", scale=1, min_width=120, elem_id="runs-again")
+        name = gr.Dropdown(
+            names, value=None, label="Output folder of mmalign train", scale=5, min_width=240, elem_id="runs-name"
+        )
+        again = gr.Button("Look again", size="sm", scale=1, min_width=120, elem_id="runs-again")
     about = gr.HTML("" if names else "No run yet: start the demo with --runs and the folder above your output folders.")
     with gr.Column(visible=False) as page:
         drawn = gr.HTML(elem_id="runs-curves", css_template=STYLE)
         number = gr.Slider(1, 2, 1, step=1, label="Validation", elem_id="runs-step", buttons=[])
+        title = gr.Markdown(elem_id="runs-title")
         picture = gr.Image(
-            format="png", interactive=False, buttons=["fullscreen", "download"], elem_id="runs-picture", visible=False
+            format="png",
+            show_label=False,
+            interactive=False,
+            buttons=["fullscreen", "download"],
+            visible=False,
+            elem_id="runs-picture",
         )
         answers = gr.Dataframe(
             headers=["prompt", "base", "policy"], datatype="str", interactive=False, wrap=True, visible=False
         )
-        with gr.Accordion("Recipe, resolved", open=False):
+        with gr.Accordion("Recipe, resolved", open=False, elem_id="runs-resolved"):
             recipe = gr.Code(language="json", interactive=False, elem_id="runs-recipe")
     again.click(runs.listed, None, name, api_visibility="private")
     gr.on(None, runs.listed, None, name, api_visibility="private")  # whenever the page is loaded
     checked = name.input(runs.refuse, name, None, api_visibility="private")
     shown = checked.success(runs.show, name, [about, drawn, number, recipe], api_name="run")
-    shown.success(runs.validation, [name, number], [picture, answers], api_visibility="private").success(
+    shown.success(runs.validation, [name, number], [title, picture, answers], api_visibility="private").success(
         lambda: gr.update(visible=True), None, page, api_visibility="private"
     )
     moved = number.release(runs.refuse, [name, number], None, api_visibility="private")
-    moved.success(runs.validation, [name, number], [picture, answers], api_name="validation")
+    moved.success(runs.validation, [name, number], [title, picture, answers], api_name="validation")

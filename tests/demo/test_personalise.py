@@ -28,7 +28,7 @@ def chosen(page, count):
     for number in range(count):
         sides = [picture(2 * number), picture(2 * number + 1)]
         brighter = int(np.mean(sides[1]) > np.mean(sides[0]))
-        _, choices, _ = page.choose(("a fox", *sides), choices, brighter)
+        _, _, choices, _ = page.choose(("a fox", *sides), choices, brighter)
     return choices
 
 
@@ -57,10 +57,10 @@ def test_a_taste_is_made_named_and_stored(page):
     assert prompt == "a red fox"
     assert pair == (prompt, left, right)
     assert np.any(np.asarray(left) != np.asarray(right))
-    shown, choices, said = page.choose(pair, Choices(), 1)
-    assert shown is None
+    shown, asked, choices, said = page.choose(pair, Choices(), 1)
+    assert (shown, asked) == (None, "")
     assert "1 of at least 4" in said
-    assert torch.equal(choices.embedding, page.choose((prompt, right, left), Choices(), 0)[1].embedding)
+    assert torch.equal(choices.embedding, page.choose((prompt, right, left), Choices(), 0)[2].embedding)
 
     with pytest.raises(gr.Error, match="3 choices so far; at least 4"):
         page.name("ann", chosen(page, 3))
@@ -108,9 +108,11 @@ def test_pictures_for_a_taste_and_between_two(page):
     ("change", "message"),
     [
         ({"model": "base"}, "cannot be told whom"),
+        ({"one": NOBODY}, "a taste of the list"),
+        ({"one": None}, "a taste of the list"),
         ({"model": "/etc"}, "no such model"),
-        ({"one": "carol"}, "no embedding of user"),
-        ({"other": "carol"}, "no embedding of user"),
+        ({"one": "carol"}, "a taste of the list"),
+        ({"other": "carol"}, "a taste of the list"),
         ({"other": "ann", "weight": float("nan")}, "between 0 and 1"),
         ({"prompt": ""}, "Write a prompt"),
         ({"steps": 1000}, "Steps must be"),
@@ -155,7 +157,8 @@ def test_cancel_ends_the_work_at_its_next_step(page):
 
     def stop(share):
         told.append(share)
-        page.stop(VISITOR)
+        assert page.no_pair(VISITOR) == (None, None, None, "")
 
-    assert page.pair("fox", ["base"], 10, 2.0, VISITOR, stop) == (None, None, None, "")
+    with pytest.raises(gr.Error, match="Cancelled"):
+        page.pair("fox", ["base"], 10, 2.0, VISITOR, stop)
     assert len(told) == 1

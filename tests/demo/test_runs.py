@@ -46,9 +46,9 @@ def test_a_run_is_shown(runs):
         assert title in drawn
     assert (slider["maximum"], slider["value"], slider["visible"]) == (2, 2, True)
     assert '"learning_rate": 0.001' in recipe
-    image, table = runs.validation("<b>dpo", 1)
+    title, image, table = runs.validation("<b>dpo", 1)
     assert image["value"].size[0] > 256
-    assert "Step 1:" in image["label"]
+    assert "Step 1:" in title
     assert not table["visible"]
 
 
@@ -60,7 +60,7 @@ def test_answers_are_a_table(runs, runs_dir, tmp_path):
     (folder / "validation/step-000004.json").write_text('{"prompt": ["p"], "base": ["b"], "policy": ["<i>c"]}')
     runs.root = tmp_path / "runs"
     assert runs.show("vlm")[2]["visible"] is False
-    image, table = runs.validation("vlm", 1)
+    _, image, table = runs.validation("vlm", 1)
     assert not image["visible"]
     assert table["value"] == [["p", "b", "<i>c"]]
 

@@ -36,6 +36,12 @@ def test_runs_are_listed_the_newest_first_and_read(root):
     assert read_validation(output.validation[30]) == [["p", "b", "<b>x"]]
 
 
+def test_of_a_run_under_way_whole_lines_count(root):
+    with (root / "dpo/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [row["step"] for row in read_output(root / "dpo").rows] == [1, 2]
+
+
 def test_links_lead_nowhere(root, tmp_path):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/metrics.jsonl").write_text('{"step": 1}')
@@ -59,10 +65,9 @@ def test_links_lead_nowhere(root, tmp_path):
         ("recipe.json", "{}"),
         ("recipe.json", "[]"),
         ("recipe.json", '{"objective": 1}'),
-        ("metrics.jsonl", None),
-        ("metrics.jsonl", '{"step": 1}\n{"ste'),
-        ("metrics.jsonl", "1"),
-        ("metrics.jsonl", '{"step": "one"}'),
+        ("metrics.jsonl", '{"ste\n{"step": 1}\n'),
+        ("metrics.jsonl", "1\n"),
+        ("metrics.jsonl", '{"step": "one"}\n'),
     ],
 )
 def test_damaged_and_foreign_folders_are_one_sentence(root, name, content):
