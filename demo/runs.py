@@ -117,7 +117,7 @@ def tab(studio: Studio) -> None:
             headers=["prompt", "base", "policy"], datatype="str", interactive=False, wrap=True, visible=False
         )
         with gr.Accordion("Recipe, resolved", open=False, elem_id="runs-resolved"):
-            recipe = gr.Code(language="json", interactive=False, elem_id="runs-recipe")
+            recipe = gr.Code(language="json", max_lines=20, interactive=False, elem_id="runs-recipe")
     again.click(runs.listed, None, name, api_visibility="private")
     gr.on(None, runs.listed, None, name, api_visibility="private")  # whenever the page is loaded
     checked = name.input(runs.refuse, name, None, api_visibility="private")
