@@ -125,11 +125,22 @@ def is_table(path: str | Path) -> bool:
 
 
 def read_header(scores: Path) -> dict[str, Any]:
-    """The provenance in a table of scores; empty where there is none."""
+    """The provenance in a table of scores; empty where there is none.
+
+    Raises:
+        UserError: the table is damaged, or its provenance is none of ours.
+    """
     import pyarrow.parquet as pq
 
-    metadata = pq.read_schema(scores).metadata if scores.suffix == ".parquet" else None
-    return json.loads((metadata or {}).get(HEADER, b"{}"))
+    try:
+        metadata = pq.read_schema(scores).metadata if scores.suffix == ".parquet" else None
+        header = json.loads((metadata or {}).get(HEADER, b"{}"))
+        if all(isinstance(name, str) for kind in ("scorers", "aspects") for name in header.get(kind, ())):
+            return header
+        reason = "names that are no text"
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # Arrow's are ValueErrors
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{scores}: is no table of scores that can be read ({reason}); score again.")
 
 
 def table_sql(file: Path) -> str:
@@ -138,6 +149,11 @@ def table_sql(file: Path) -> str:
     if file.suffix == ".parquet":
         return f"read_parquet('{name}')"
     return f"read_csv('{name}', header = true)" if file.suffix == ".csv" else f"read_json('{name}')"
+
+
+def column_sql(name: str) -> str:
+    """A column in a query, whatever somebody called it."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 # --- tables ---

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmalign.data.media import HEADER, Row, Source, read_header, table_sql
+from mmalign.data.media import HEADER, Row, Source, column_sql, read_header, table_sql
 from mmalign.records import Sound, Text, UserError, Video, open_image
 from mmalign.scoring.scorer import Scorer
 from mmalign.scoring.weights import find
@@ -345,7 +345,7 @@ def summary(scores: Path, scorers: Sequence[str]) -> dict[str | None, dict[str, 
         grouped = "GROUP BY GROUPING SETS ((), (model))" if "model" in columns else ""
         numbers = ", ".join(
             f"count({one}), avg({one}), min({one}), max({one})"
-            for one in (f'try_cast("{name}" AS double)' for name in scorers)
+            for one in (f"try_cast({column_sql(name)} AS double)" for name in scorers)
         )
         model = "CASE WHEN grouping(model) = 1 THEN NULL ELSE coalesce(model, '') END" if grouped else "NULL"
         found = db.sql(

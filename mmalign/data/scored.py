@@ -18,6 +18,7 @@ from mmalign.data.importers import read_comparisons
 from mmalign.data.media import (
     beside,
     column_names,
+    column_sql,
     default_scores,
     is_table,
     medium_column,
@@ -87,8 +88,17 @@ def open_scored(name: str, scores: str | None, scorers: Sequence[str], work: Pat
         work: A folder for the sorted rows, on a disk with room.
 
     Raises:
-        UserError: Nothing there, no scores, or a scorer that is not in them.
+        UserError: Nothing there, no scores, a scorer that is not in them, or a table that cannot be read.
     """
+    import duckdb
+
+    try:
+        return _opened(name, scores, scorers, work)
+    except duckdb.Error as error:
+        raise UserError(f"{name}: its scores cannot be read ({str(error).splitlines()[0]}); mend the table.") from error
+
+
+def _opened(name: str, scores: str | None, scorers: Sequence[str], work: Path) -> Scored:
     path = Path(name)
     kind = "candidates" if is_candidates(path) else "table" if path.exists() and is_table(path) else "comparisons"
     own = table_files(path)[0] if kind == "table" else None
@@ -146,7 +156,7 @@ def _chosen(table: Path, scorers: Sequence[str]) -> tuple[str, ...]:
 
 def _sort(db: Any, rows: str, scorers: Sequence[str], target: Path) -> None:
     """Writes the rows by group, groups by where their prompt comes first; each user of a prompt is a group."""
-    scored = ", ".join(f'TRY_CAST(found."{name}" AS DOUBLE) AS s{n}' for n, name in enumerate(scorers))
+    scored = ", ".join(f"TRY_CAST(found.{column_sql(name)} AS DOUBLE) AS s{n}" for n, name in enumerate(scorers))
     db.execute(
         f"""COPY (
             WITH found AS (
@@ -167,7 +177,7 @@ def _quoted(path: Path | str) -> str:
 
 def _column(there: Sequence[str], name: str, kind: str = "VARCHAR", called: str = "") -> str:
     """A column, or nulls where there is none."""
-    value = f'"{name}"' if name in there else "NULL"
+    value = column_sql(name) if name in there else "NULL"
     return f'CAST({value} AS {kind}) AS "{called or name}"'
 
 
@@ -204,7 +214,7 @@ def _table(db: Any, files: Sequence[Path], scores: Path | None, scorers: Sequenc
             raise UserError(f"{file}: has no column prompt; add one.")
         own = f""", "{prompt_column(there)}" AS prompt, {_column(there, "seed", "BIGINT")},
             {", ".join(_column(there, name) for name in ("id", "model", "user", "error"))},
-            {", ".join(f'"{name}"' for name in scorers)}"""
+            {", ".join(map(column_sql, scorers))}"""
         parts.append(
             f"""SELECT '{_quoted(file)}' AS file, row_number() OVER () - 1 AS place,
                 {f'"{column}"' if is_path else "CAST(NULL AS VARCHAR)"} AS path, {start} + place AS number
@@ -216,7 +226,7 @@ def _table(db: Any, files: Sequence[Path], scores: Path | None, scorers: Sequenc
         return f"SELECT *, {rest} FROM ({' UNION ALL '.join(parts)})"
     there = db.sql(f"FROM {table_sql(scores)} LIMIT 0").columns
     told = ", ".join(_column(there, name) for name in ("id", "prompt", "model", "user", "error"))
-    scored = f"""SELECT number, {told}, NULL AS seed, {", ".join(f'"{name}"' for name in scorers)}
+    scored = f"""SELECT number, {told}, NULL AS seed, {", ".join(map(column_sql, scorers))}
         FROM {table_sql(scores)}"""
     return f"SELECT *, {rest} FROM ({' UNION ALL '.join(parts)}) JOIN ({scored}) USING (number)"
 
@@ -228,7 +238,7 @@ def _comparisons(db: Any, scores: Path, scorers: Sequence[str]) -> str:
     told = ", ".join(_column(there, name) for name in ("id", "prompt", "model", "user", "error"))
     return f"""SELECT number, member, {told}, {_column(there, "human", "DOUBLE")}, NULL AS seed, number AS grp,
             NULL AS cond, NULL AS file, NULL AS place, NULL AS path, NULL AS text,
-            {", ".join(f'"{name}"' for name in scorers)}
+            {", ".join(map(column_sql, scorers))}
         FROM {table_sql(scores)}"""
 
 

@@ -279,7 +279,7 @@ def recipe_of(values):
     return RECIPE.format(values="{" + inner + ", 'objective': DiffusionDPO(beta=1)}")
 
 
-@cases(50, 2500)
+@cases(30, 2500)
 def test_comparisons(place, examples):
     def check(case):
         (ending, content), train = case
@@ -305,7 +305,7 @@ word = plain.map(str) | st.sampled_from(
 )
 
 
-@cases(40, 1500)
+@cases(25, 1500)
 def test_recipes_and_flags(place, examples):
     values = mutated([RUN | dict.fromkeys(["seed", "rank", "resolution"], 1)], values=anything)
 
@@ -324,7 +324,7 @@ def test_recipes_and_flags(place, examples):
 # --- cards ---
 
 
-@cases(40, 1000)
+@cases(25, 1000)
 def test_scorer_cards(tmp_path, monkeypatch, examples):
     monkeypatch.chdir(tmp_path)
     picture(1, (24, 20)).save("a.png")
@@ -355,7 +355,7 @@ SCORED = [
 ]
 
 
-@cases(50, 1500)
+@cases(30, 1500)
 def test_scored_tables(place, examples):
     def check(case):
         (ending, content), mode, named = case
@@ -386,7 +386,7 @@ def pictures():
     return [*made, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b""]
 
 
-@cases(80, 3000)
+@cases(60, 3000)
 def test_pictures(place, examples):
     def check(content):
         Path("x.png").write_bytes(content)
@@ -409,7 +409,7 @@ def sounds():
     return made
 
 
-@cases(60, 2000)
+@cases(50, 2000)
 def test_sounds(place, examples):
     pytest.importorskip("soundfile")
 
@@ -429,7 +429,7 @@ RESOLVED = [
 ]
 
 
-@cases(40, 1000)
+@cases(30, 1000)
 def test_output_folders(place, examples):
     os.mkdir("run")
 

@@ -427,6 +427,8 @@ def test_candidates_that_name_files_outside(tmp_path, secret, field, capsys):
     with pytest.raises(UserError) as error:
         list(read_candidates(tmp_path / "candidates"))
     outside(error)
+    if field != "file_name":
+        return
     scores = "id,prompt,model,seed,user,number,mine,error\n" + "".join(
         f"{row['id']},red,m,1,,0,{n}.5,\n" for n, row in enumerate(rows)
     )
@@ -459,6 +461,17 @@ def test_a_table_that_unpacks_to_gigabytes(tmp_path, capsys):
     assert "unpacks to 53" in said
     with pytest.raises(UserError, match="unpacks to 53"):
         read_comparisons(tmp_path / "bomb.parquet")
+
+
+def test_a_column_whose_name_is_a_query(tmp_path, capsys):
+    picture(4).save(tmp_path / "a.png")
+    picture(5).save(tmp_path / "b.png")
+    name = f"""mine" AS s9; COPY (SELECT 1) TO '{tmp_path / "it-ran"}'; SELECT 1 AS "x"""
+    rows = [{"prompt": "red", "image": "a.png", name: 0.5}, {"prompt": "red", "image": "b.png", name: 0.25}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet")
+    main(["pairs", str(tmp_path / "table.parquet"), "--output-dir", str(tmp_path / "out")])
+    assert "kept 1" in capsys.readouterr().out
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_a_video_that_lasts_for_ever(tmp_path):
