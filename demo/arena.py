@@ -41,10 +41,11 @@ WHO = """(voter, ...rest) => {
   try { voter = localStorage.mmalignVoter ||= fresh() } catch { voter ||= fresh() }
   return [voter, ...rest];
 }"""
+SIZE = 'style="width: 100%; max-height: 60vh; object-fit: contain"'
 PLAYERS = {
-    ".png": '<img src="{}" alt="{}">',
-    ".mp4": '<video src="{}" title="{}" controls loop autoplay muted playsinline></video>',
-    ".flac": '<audio src="{}" title="{}" controls></audio>',
+    ".png": f'<img src="{{}}" alt="{{}}" {SIZE}>',
+    ".mp4": f'<video src="{{}}" title="{{}}" {SIZE} controls loop autoplay muted playsinline></video>',
+    ".flac": '<audio src="{}" title="{}" style="width: 100%" controls></audio>',
 }
 
 
@@ -193,7 +194,7 @@ def tab(studio: Studio) -> None:
     with gr.Row(equal_height=True):
         own = gr.Textbox(
             label="Your own prompt",
-            placeholder="Leave it empty, and there is one for you." if page.prompts else "",
+            placeholder="Empty: one of ours" if page.prompts else "",
             max_length=MAX_PROMPT,
             scale=5,
             min_width=240,
@@ -212,7 +213,7 @@ def tab(studio: Studio) -> None:
         for letter, elem_id in zip(LETTERS, BUTTONS, strict=True):
             number = len(columns)
             with gr.Column(min_width=150, visible=number < 2) as column:
-                media.append(gr.HTML("", elem_id=f"arena-picture-{number}", elem_classes="ballot", min_height=160))
+                media.append(gr.HTML("", elem_id=f"arena-picture-{number}", min_height=160))
                 buttons.append(gr.Button(letter, elem_id=elem_id))
                 names.append(
                     gr.Textbox("", show_label=False, container=False, interactive=False, elem_id=f"arena-name-{number}")
