@@ -204,7 +204,7 @@ def tab(studio: Studio) -> None:
         with gr.Column(scale=1, min_width=120):
             following = gr.Button("Next", variant="primary", size="sm", elem_id="arena-next")
             cancel = gr.Button("Cancel", size="sm", elem_id="arena-cancel")
-    prompt = gr.Textbox(label="Prompt", interactive=False, lines=1, elem_id="arena-prompt")
+    prompt = gr.Textbox(label="Prompt", interactive=False, lines=2, elem_id="arena-prompt")
     status = gr.Textbox("Press Next.", show_label=False, interactive=False, lines=1, elem_id="arena-status")
     token, order, voter = (gr.Textbox("", elem_id=f"arena-{name}", **hidden) for name in ("token", "order", "voter"))
     wanted = gr.Number(0, elem_id="arena-wanted", **hidden)  # a State that changes outside the queue tells no browser
