@@ -132,11 +132,20 @@ def whole(network: Any, empty: nn.Module) -> nn.Module:
     """Gathers a sharded network into its skeleton, on the main process's CPU. All processes call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    network.reshard()
+    _reshard(network)
     weights = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if weights:  # others get none
         empty.load_state_dict(weights, assign=True)
     return empty
+
+
+def _reshard(network: nn.Module) -> None:
+    """Frees what a forward without a backward gathered and kept: the parameters would be other ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -164,8 +173,7 @@ def _state(network: Any, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, A
     """Weights and moments by name, and the numbers of the optimizer's groups."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    if is_sharded(network):
-        network.reshard()
+    _reshard(network)
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     flat: dict[str, Any] = get_optimizer_state_dict(network, optimizer, options=options)
     tensors = {f"policy.{name}": own.detach() for name, own in network.named_parameters() if own.requires_grad}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mmalign
 from mmalign import storage
@@ -179,7 +179,8 @@ class Learner:
         """Clips the gradient; returns its norm before that, which tells whether the weights may move."""
         if self.fused:
             return self.fused.norm(empty)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm or math.inf)
+        self.accelerator.unscale_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.run.max_grad_norm or math.inf)
         return norm.full_tensor() if self.accelerator.is_fsdp2 else norm
 
     def whole(self) -> Any:

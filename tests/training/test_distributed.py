@@ -60,7 +60,8 @@ def same(output, expected, names, tolerance=1e-6, weights=1e-5):
             assert torch.allclose(saved[key], wanted[key], rtol=0, atol=weights), (file, key)
 
 
-NUMBERS = ("step", "loss", "terms", "implicit_accuracy", "margin", "validation/brightness")
+# Not the implicit accuracy: at step 1 the policy is its reference, and who is ahead is rounding
+NUMBERS = ("step", "loss", "terms", "margin", "validation/brightness")
 
 
 def test_two_processes_equal_one_and_resume_at_one(tiny_sdxl, tmp_path):
