@@ -205,7 +205,7 @@ def tab(studio: Studio) -> None:
             following = gr.Button("Next", variant="primary", size="sm", elem_id="arena-next")
             cancel = gr.Button("Cancel", size="sm", elem_id="arena-cancel")
     prompt = gr.Textbox(label="Prompt", interactive=False, lines=2, elem_id="arena-prompt")
-    status = gr.Textbox("Press Next.", show_label=False, interactive=False, lines=1, elem_id="arena-status")
+    status = gr.Textbox("Press Next.", show_label=False, interactive=False, lines=2, elem_id="arena-status")
     token, order, voter = (gr.Textbox("", elem_id=f"arena-{name}", **hidden) for name in ("token", "order", "voter"))
     wanted = gr.Number(0, elem_id="arena-wanted", **hidden)  # a State that changes outside the queue tells no browser
     columns, media, names, buttons = [], [], [], []
@@ -241,7 +241,7 @@ def tab(studio: Studio) -> None:
         picked.then(page.vote, [token, order], [status, *names], **quick, **named)
 
     with gr.Accordion("Who is ahead, and votes to train on", open=False, elem_id="arena-board") as board:
-        about = gr.Textbox("", show_label=False, interactive=False, elem_id="arena-about")
+        about = gr.Textbox("", show_label=False, lines=2, interactive=False, elem_id="arena-about")
         headers: Sequence[str] = ("Model", "Rating (95 %)", "Bradley-Terry (95 %)", "Won", "Votes")
         models = gr.Dataframe(headers=list(headers), datatype="str", interactive=False, elem_id="arena-models")
         headers = ("Voter", "Votes", "Agrees with most", "By chance", "")
