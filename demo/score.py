@@ -152,7 +152,7 @@ def tab(studio: Studio) -> None:
     """Fills the tab."""
     page = Score(studio)
     files = gr.File(
-        label=f"Pictures, or a zip file of them: at most {MAX_FILES}, {MAX_UPLOAD // 2**20} MB in all",
+        label="Pictures or a zip file",
         file_count="multiple",
         file_types=[*SUFFIXES, ".zip"],
         height=160,
@@ -164,8 +164,9 @@ def tab(studio: Studio) -> None:
             go = gr.Button("Score", variant="primary", size="sm", elem_id="score-go")
             cancel = gr.Button("Cancel", size="sm", elem_id="score-cancel")
     scorers = scorer_choice(studio, "score-scorers", "image")
-    status = gr.Markdown("Drop pictures, write what was asked for, and press **Score**.", elem_id="score-status",
-                         min_height=48)  # fmt: skip
+    limits = f"at most {MAX_FILES} of them, {MAX_UPLOAD // 2**20} MB in all"
+    said = f"Drop pictures, {limits}, write what was asked for, and press **Score**."
+    status = gr.Markdown(said, elem_id="score-status", min_height=48)
     with gr.Row():
         rows = gr.Dataframe(headers=["picture"], datatype="str", interactive=False, elem_id="score-table", scale=3)
         plot = gr.Plot(show_label=False, elem_id="score-plot", scale=2)
