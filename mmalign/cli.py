@@ -126,7 +126,7 @@ def status(output_dir: str) -> None:
     """Tells how a run is doing, while it works and after it ended, however it did.
 
     Args:
-        output_dir: of mmalign train.
+        output_dir: output folder of mmalign train.
     """
     from mmalign.status import facts_of
 

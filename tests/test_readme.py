@@ -26,7 +26,8 @@ SMALLER = {
     "mmalign score": [],
     "mmalign compare": ["--num-inference-steps", "2", "--limit", "2"],
 }
-HELPED = {  # run by tests/test_doctor.py and tests/test_demo_page.py
+HELPED = {  # run by tests/test_doctor.py, tests/test_status.py and tests/test_demo_page.py
+    "mmalign status OUTPUT": "how a run is doing",
     "mmalign doctor": "works together",
     "mmalign votes export": "preference data",
 }
