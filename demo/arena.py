@@ -102,7 +102,7 @@ class Arena:
         except Stopped:
             raise gr.Error("Cancelled.") from None
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error))) from error
 
     def stock(self, voter: str, ways: int, prompt: str | None, progress: Any) -> None:
         """Has media made of those models of which a vote tells most, of one prompt and seed."""
@@ -140,7 +140,7 @@ class Arena:
         try:
             cast = self.votes.vote(token, choice)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error))) from error
         ranked = " > ".join(letter for _, letter in sorted(zip(cast.places, LETTERS, strict=False)))
         said = "both bad" if cast.bad else "a tie" if len(set(cast.places)) == 1 else ranked
         names = [*cast.models, *[""] * (4 - len(cast.models))]
@@ -167,7 +167,7 @@ class Arena:
         try:
             said = export(str(self.studio.data_dir), str(folder), layout="jsonl")
         except UserError as error:
-            raise gr.Error(str(error).replace(str(self.studio.data_dir), "The Arena")) from error
+            raise gr.Error(html.escape(str(error).replace(str(self.studio.data_dir), "The Arena"))) from error
         shutil.make_archive(str(folder), "zip", folder)
         return said.replace(str(folder), "the file").replace(str(self.votes.media), "media"), f"{folder}.zip"
 

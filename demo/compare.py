@@ -100,7 +100,7 @@ class Compare:
             if picture:
                 self.studio.open(picture)
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error))) from error
 
     def run(
         self,
@@ -137,7 +137,7 @@ class Compare:
         except Stopped:
             raise gr.Error("Cancelled.") from None
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error))) from error
         asked = {"prompt": prompt.strip(), "seed": int(seed), "seeds": int(count), **settings}
         return grid, f"Made {len(grid)}. {note}", self._packed(grid, asked)
 

@@ -75,7 +75,7 @@ class Score:
             for _ in pictures_of(files):
                 pass
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error))) from error
 
     def run(
         self,
@@ -103,7 +103,7 @@ class Score:
         except Stopped:
             raise gr.Error("Cancelled.") from None
         except UserError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(html.escape(str(error))) from error
         rows = [[name, *values] for name, *values in zip(names, *scores.values(), strict=True)]
         target = self.studio.fresh("scores.csv")
         with target.open("w", newline="", encoding="utf-8") as file:
