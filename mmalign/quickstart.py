@@ -40,9 +40,12 @@ def settings_of(asked: Sequence[Asked], size: Size) -> dict[str, Any]:
 def make_pairs(
     modality: Any, task: Task, size: Size, seed: int, split: str = "pairs"
 ) -> tuple[list[Comparison], dict[str, int]]:
-    """Candidates of the model for prompts of a split, scored, best against worst."""
+    """Candidates of the model for prompts of a split, scored, best against worst; or the task's own pairs."""
     from mmalign.data.label import best_worst
 
+    if task.pairs:
+        pairs = task.pairs(size.pair_prompts, seed, split)
+        return pairs, {"kept": len(pairs)}
     asked, k = spread(task.asked(split), size.pair_prompts, seed), size.candidates
     flat = [one for one in asked for _ in range(k)]
     seeds = [1_000_000 * (seed + 1) + i for i in range(len(flat))]
@@ -122,13 +125,12 @@ def main(output_dir: str, *, modality: str = "image", small: bool = False, seed:
     base, aligned = both_sides(model, WeightViews(model), texts, seeds, **settings_of(asked, size))
     result = judged(asked, base, aligned, task.judges())
     seconds = time.monotonic() - started
-    labeller = next(iter(task.roles))
     sampling = ", ".join(f"{name} {value}" for name, value in size.sampling.items() if name != "batch_size")
     facts = {
         "model": task.model,
         "objective": str(run.objective),
         "training": f"{steps} steps of {run.train_batch_size} pairs, lr {run.learning_rate}, LoRA rank {run.rank}",
-        "pairs": f"{len(pairs)}; {size.candidates} candidates of {size.pair_prompts} prompts, by {labeller}",
+        "pairs": f"{len(pairs)}; {task.origin.format(size=size)}",
         "test prompts": f"{len(asked)}, of combinations that no training saw",
         "sampling": sampling,
         "seed": seed,
