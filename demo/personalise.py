@@ -12,8 +12,7 @@ from studio import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, Stopped, Studi
 
 from mmalign import embedded
 from mmalign.data.users import USERS_FILE, Users, read_users
-from mmalign.modalities.taste import PAIRS
-from mmalign.personal import STABLE, Choices, add_users, between, load_encoder
+from mmalign.personal import PAIRS, STABLE, Choices, add_users, between, load_encoder
 from mmalign.records import UserError
 
 MAX_PROMPTS, MAX_CHOICES, MAX_USERS = 50, 200, 1000

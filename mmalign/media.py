@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mmalign.records import MAX_PIXELS, Sound, Text, UserError, Video, open_image
@@ -155,6 +154,7 @@ def sound_of(medium: Any, rate_hz: int, *, mono: bool = False, name: str = "") -
         raise UserError(f"{where}: is a {type(medium).__name__} where a sound is needed; take a model of such media.")
     try:
         import soundfile
+        import torch
         from torchaudio.functional import resample
     except (ImportError, OSError) as error:  # OSError: built for another torch
         raise UserError(f"sound needs torchaudio and soundfile ({error}): pip install 'mmalign[audio]'.") from error

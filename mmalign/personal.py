@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from mmalign.data.users import Users
 
+PAIRS = 4  # choices that a person makes at least: the paper's N, see mmalign.modalities.taste
 STABLE = 0.95  # cosine of a person's embedding with and without their last choice
 
 
@@ -140,8 +141,6 @@ class Choices:
     @property
     def stable(self) -> bool:
         """Whether another choice would change little: at least the paper's four, and a cosine of 0.95."""
-        from mmalign.modalities.taste import PAIRS
-
         return len(self.parts) >= PAIRS and self.cosine >= STABLE
 
 

@@ -8,19 +8,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mmalign.records import Comparison, UserError
 from mmalign.storage import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 USERS_FILE = "users.safetensors"
 
 
 def numbers_of(users: Sequence[str | None]) -> Tensor | None:
     """[N] int64, a stable number a user; None where somebody is not named."""
+    import torch
+
     named = [user for user in users if user is not None]
     if len(named) < len(users):
         return None

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mmalign.records import Comparison, UserError, open_image
 
-PAIRS = 4  # the paper's N
-
 
 class Encoder(Protocol):
     """What a frozen model makes of one preference.

@@ -1,4 +1,6 @@
 import runpy
+import subprocess
+import sys
 from importlib.metadata import version
 
 import app
@@ -63,3 +65,15 @@ def test_a_space_listens_where_it_is_told(monkeypatch, tmp_path):
 )
 def test_what_is_local(host, local):
     assert app.is_local(host) == local
+
+
+def test_the_page_stands_before_torch_is_loaded(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(mmalign.bundled("demo"))!r})
+import app
+app.build(app.Studio(loras=["one=x"], data_dir={str(tmp_path)!r}))
+print("torch" in sys.modules, "diffusers" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout == "False False\n", ended.stderr
