@@ -131,7 +131,7 @@ def _audio_pairs(count: int, seed: int, split: str) -> list[Comparison]:
 
     rng, pairs = np.random.RandomState(seed), []
     for i, piece in enumerate(sounds.random_pieces(count, 7000 + seed, split)):
-        both = piece, sounds.random_piece(rng, sounds.astray(rng, piece.events, split))
+        both = piece, sounds.random_piece(rng, sounds.astray(rng, piece.events, "train"))
         media = tuple(make_sound(sounds.render(one)[None], sounds.RATE) for one in both)
         pairs.append(Comparison(f"{split} seed {seed} {i}", sounds.caption(piece.events), media, (1.0, 0.0)))
     return pairs
@@ -149,7 +149,7 @@ AUDIO = Task(
         "clarity": "of clear events, any",
     },
     headline="events_in_order",  # a log-probability differs, by hairs, between two sounds that are both right
-    size=Size(800, 2, 192, sampling={**AUDIO_SAMPLING, "batch_size": 32}),
+    size=Size(2000, 2, 320, sampling={**AUDIO_SAMPLING, "batch_size": 32}),
     small=Size(8, 2, 8, steps=4, sampling={**AUDIO_SAMPLING, "num_inference_steps": 3, "batch_size": 32}),
     pairs=_audio_pairs,
     origin="true sounds against ones that miss or exchange events",

@@ -23,14 +23,14 @@ def recipe() -> Run:
         output_dir="quickstart/aligned",
         # Which events there are is settled at high noise; at low noise only their detail is left
         objective=DiffusionDPO(beta=300, draw=FreshNoise(low=0.3)),
-        max_train_steps=120,
-        learning_rate=2e-3,
+        max_train_steps=400,
+        learning_rate=1e-3,
         lr_scheduler="constant_with_warmup",
         lr_warmup_steps=10,
         train_batch_size=16,
         rank=16,
         lora_targets=("to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         cache_latents=True,
-        checkpointing_steps=120,
+        checkpointing_steps=400,
         seed=0,
     )
