@@ -10,6 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 import mmalign
 from mmalign import embedded
 from mmalign.cli import main
+from mmalign.embedded import listen, sounds
+from mmalign.media import sound_of
 from mmalign.quickstart import spread
 from mmalign.tasks import TASKS
 
@@ -57,6 +59,19 @@ def test_sounds_can_be_heard_in_the_report(tmp_path):
     assert (tmp_path / "aligned" / "adapter_model.safetensors").is_file()
 
 
+def test_audio_pairs_are_true_sounds_against_ones_that_miss_or_exchange_events():
+    pairs = TASKS["audio"].pairs(24, 0, "pairs")
+    waves = [[torch.from_numpy(sound_of(sound, sounds.RATE)[0][0]) for sound in pair.media] for pair in pairs]
+    asked = [sounds.events(pair.prompt) for pair in pairs]
+    right, wrong = (listen.template_events(torch.stack(side)) for side in zip(*waves, strict=True))
+    assert np.mean([heard == want for heard, want in zip(right, asked, strict=True)]) > 0.9
+    assert np.mean([heard in sounds.wrong_ways(want) for heard, want in zip(wrong, asked, strict=True)]) > 0.9
+    lacking = [len(heard) < len(want) for heard, want in zip(wrong, asked, strict=True)]
+    assert 0.2 < np.mean(lacking) < 0.8
+    assert {pair.prompt for pair in pairs} <= set(sounds.prompts("pairs"))
+    assert {pair.scores for pair in pairs} == {(1.0, 0.0)}
+
+
 def test_a_second_run_does_not_overwrite_the_first(folder, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["quickstart", "--small", "--output-dir", str(folder)])
@@ -66,7 +81,7 @@ def test_a_second_run_does_not_overwrite_the_first(folder, capsys):
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_prompts_of_pairs_development_and_report_are_disjoint_and_enough(task):
-    counts = {"pairs": task.size.pair_prompts, "test": task.size.test_prompts, "development": 48}
+    counts = {"pairs": 48 if task.pairs else task.size.pair_prompts, "test": task.size.test_prompts, "development": 48}
     names = {split: {one.name for one in spread(task.asked(split), n, seed=0)} for split, n in counts.items()}
     assert {split: len(found) for split, found in names.items()} == counts
     assert (
