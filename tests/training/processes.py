@@ -62,7 +62,7 @@ def run_of(case: str, model: str, folder: Path, processes: int, step: int) -> Ru
     _, method, kind, backward, *extra = case.split("-")
     changes = {}
     if method == "PPD":
-        changes |= {"users": str(folder / f"users-{processes}.safetensors"), "user_dropout": 0.3}
+        changes |= {"users": str(folder / "users.safetensors"), "user_dropout": 0.3}
         vectors = Users({"user-0": torch.tensor([1.0, -1]), "user-1": torch.ones(2)}, {})
         write_users(Path(changes["users"]), vectors)
     if "watched" in extra:

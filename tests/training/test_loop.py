@@ -1,8 +1,6 @@
 """The trainer on one tiny model: what must not matter does not, and what was interrupted goes on bit for bit."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -282,58 +280,6 @@ def test_nothing_to_compare_is_said(recipe, pairs):
     with pytest.raises(UserError, match="no pair"):
         run_it(recipe, [replace(pair, score=(1.0, 1.0)) for pair in pairs])
     assert not Path(recipe.output_dir).exists()
-
-
-TWO = """
-import gc, json, sys, torch
-from accelerate import Accelerator
-from tests.conftest import picture
-from mmalign.records import Comparison
-from mmalign.objectives import DiffusionDPO
-from mmalign.training.loop import train
-from mmalign.training.run import Run
-import mmalign
-settings = json.loads(sys.argv[1])
-pairs = [Comparison(id=f"pair-{i}", prompt=["a red fox", "a fox", "red", ""][i % 4],
-         media=(picture(2 * i), picture(2 * i + 1)), score=(i % 2, 1 - i % 2)) for i in range(12)]
-run = Run(objective=DiffusionDPO(beta=2000), **settings)
-end_training = Accelerator.end_training
-def checked(self):
-    assert not any(isinstance(o, torch.nn.parallel.DistributedDataParallel) for o in gc.get_objects()), "gloo may hang"
-    end_training(self)
-Accelerator.end_training = checked
-train(run, modality=mmalign.load(run.pretrained_model_name_or_path, dtype=torch.float64), comparisons=pairs)
-"""
-
-
-@pytest.mark.parametrize("backward", ["plain", "two-pass"])
-def test_two_processes_equal_one_and_resume_at_one(recipe, pairs, backward, tmp_path):
-    settings = {"backward": backward, "rows_at_once": 2, "max_train_steps": 4}
-    expected, _ = run_it(recipe, pairs, **settings, output_dir=str(tmp_path / "one"))
-    two = replace(recipe, **settings, train_batch_size=2, output_dir=str(tmp_path / "two"))
-    arguments = {k: v for k, v in two.resolved().items() if k != "objective"} | {"max_train_steps": 2}
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        str(script),
-        json.dumps(arguments),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.getcwd(),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows, _ = run_it(two, pairs, train_batch_size=4, resume_from_checkpoint="latest")
-    assert curve(rows) == pytest.approx(curve(expected), abs=1e-6)
-    assert curve(rows, "terms") == curve(expected, "terms")
 
 
 class Falling:
