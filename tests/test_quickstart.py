@@ -69,7 +69,7 @@ def test_audio_pairs_are_true_sounds_against_ones_that_miss_or_exchange_events()
     lacking = [len(heard) < len(want) for heard, want in zip(wrong, asked, strict=True)]
     assert 0.2 < np.mean(lacking) < 0.8
     assert {pair.prompt for pair in pairs} <= set(sounds.prompts("pairs"))
-    assert {pair.scores for pair in pairs} == {(1.0, 0.0)}
+    assert {pair.score for pair in pairs} == {(1.0, 0.0)}
 
 
 def test_a_second_run_does_not_overwrite_the_first(folder, capsys):
