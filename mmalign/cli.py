@@ -48,7 +48,7 @@ def quickstart(
 
     Args:
         output_dir: where everything goes.
-        modality: which of the embedded models.
+        modality: which of the embedded models; audio takes about twice as long.
         small: a few media and steps, to see that it works; its figures mean nothing.
         seed: of the candidates and of training; the media of the report have their own, fixed ones.
     """
@@ -106,8 +106,9 @@ def train(argv: Sequence[str]) -> None:
     try:
         said = f"Done: {run_training(run, watch=watch, stage=stage)}"
     except InterruptedError as error:  # by a signal, and saved
-        _, rest = _own_flag("--resume-from-checkpoint", argv)
-        said = f"{error}\n    {shlex.join(['mmalign', 'train', *rest, '--resume-from-checkpoint', 'latest'])}"
+        _, again = _own_flag("--resume-from-checkpoint", argv)
+        again += [*shlex.split(os.environ.get("MMALIGN_LAUNCHER", "")), "--resume-from-checkpoint", "latest"]
+        said = f"{error}\n    {shlex.join(['mmalign', 'train', *again])}"
     if os.environ.get("RANK", "0") == "0":
         print(said, flush=True)
 

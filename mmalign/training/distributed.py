@@ -52,7 +52,8 @@ def launch(profile: str, processes: str | None, argv: Sequence[str]) -> int:
     config = bundled("recipes") / "accelerate" / f"{profile}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", count, "--main_process_port", "0", "-m", "mmalign", *argv]
-    environment = os.environ if torch.accelerator.is_available() else {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "MMALIGN_LAUNCHER": f"--launcher {profile} --num-processes {count}"}
+    environment |= {} if torch.accelerator.is_available() else {"ACCELERATE_USE_CPU": "true"}
     child = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def forward(number: int, frame: Any) -> None:

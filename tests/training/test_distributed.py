@@ -172,7 +172,7 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks(recipe):
     launcher.send_signal(signal.SIGTERM)
     said, _ = launcher.communicate(timeout=60)
     assert not any(worker.is_running() for worker in workers.values())
-    assert "--resume-from-checkpoint latest" in said
+    assert "--launcher ddp --num-processes 2 --resume-from-checkpoint latest" in said
     last = rows_of(recipe.parent / "run")[-1]["step"]
     assert (recipe.parent / "run" / f"checkpoint-{last}" / "manifest.json").is_file(), said
 
