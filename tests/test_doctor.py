@@ -130,7 +130,7 @@ def test_versions_and_room(machine, monkeypatch):
     status, said = machine()
     assert status == 1
     assert "BAD   diffusers>=0.42 is needed, and 0.30.0 is installed\n      -> pip install 'diffusers>=0.42'" in said
-    assert "note  gradio>=6 is needed, and 3.0 is installed" in said
+    assert "note  gradio>=6.31 is needed, and 3.0 is installed" in said
     assert "GiB of disk here free\n      -> quickstart takes up to" in said
     assert "see the 3 marked BAD" in said
 

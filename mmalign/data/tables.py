@@ -57,8 +57,8 @@ def read_table(source: str, split: str, limit: int | None = None, fraction: floa
         raise UserError(f"{source} (split {split}): {known} ({reason}); check the name.") from error
 
 
-def check_parquet(file: str | Path) -> None:
-    """Asks a file's own description what it unpacks to.
+def check_parquet(file: str | Path) -> int:
+    """Asks a file's own description what it unpacks to, and returns its number of rows.
 
     Raises:
         UserError: out of all proportion; media do not pack.
@@ -69,6 +69,7 @@ def check_parquet(file: str | Path) -> None:
     size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
     if size > max(UNPACKED_BYTES, UNPACKED_TIMES * Path(file).stat().st_size):
         raise UserError(f"{file}: unpacks to {size:,} bytes, over {UNPACKED_TIMES} times its size; write it anew.")
+    return about.num_rows
 
 
 def _no_split(source: str, split: str, there: Iterable[str]) -> UserError:
@@ -82,8 +83,10 @@ def _built(source: str, split: str, limit: int | None, fraction: float | None) -
     path, files = Path(source), []
     if path.exists():
         files = _parquet_files(path, split)
+        rows = 0
         for file in files:
-            check_parquet(file)
+            if limit is None or rows < limit:  # else it is not opened
+                rows += check_parquet(file)
         named: tuple[Any, ...] = ("parquet", None, None, {split: files})
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
         named = (source,)

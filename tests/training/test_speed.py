@@ -297,6 +297,7 @@ def prepared(run, device=None):
     views = prepare.prepare_policy(modality, run)
     modality.network.to(device)
     accelerator = SimpleNamespace(device=modality.device, num_processes=1, backward=lambda loss: loss.backward())
+    accelerator.is_fsdp2 = False
     accelerator.no_sync = lambda network: nullcontext()
     accelerator.reduce = lambda value, how: value.clone()
     return Step(run, modality, views, accelerator)
