@@ -22,10 +22,10 @@ import torch
 import tyro
 from PIL import Image
 
-import mmalign
 from mmalign.embedded import path
 from mmalign.objectives import DiffusionDPO
 from mmalign.records import Comparison
+from mmalign.training.loop import train
 from mmalign.training.run import Run
 
 WARM = 100  # steps in which caches and the optimizer's state are made
@@ -64,7 +64,7 @@ def soak(steps: int, cpu_minutes: float, folder: Path) -> np.ndarray:
             raise Enough
 
     with contextlib.suppress(Enough):
-        mmalign.train(run, comparisons=pairs, watch=watch)
+        train(run, comparisons=pairs, watch=watch)
     return np.array(readings)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from studio import JUDGED, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_STRENGTH, Stopped, Studio
+from studio import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_STRENGTH, Stopped, Studio
 
 import mmalign
+from mmalign.commands import JUDGED
 from mmalign.records import UserError
 
 MAX_SEEDS, MAX_MADE = 4, 24

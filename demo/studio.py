@@ -11,6 +11,7 @@ from typing import Any
 
 import mmalign
 from mmalign import embedded
+from mmalign.commands import quiet_libraries
 from mmalign.data.prompts import read_prompts
 from mmalign.records import Text, UserError, image_size, open_image
 
@@ -18,7 +19,6 @@ MAX_PROMPT, MAX_SEED, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH = 300, 2**31 - 1, 50
 MAX_SIDE = 4096  # pixels of an uploaded picture, each way
 USUAL_SAMPLING = {"num_inference_steps": 30, "guidance_scale": 5.0}  # for models other than the embedded one
 BATCH = 8  # media that a scorer is asked of at once, so that it can be cancelled in between
-JUDGED = {"picture": "image", "sound": "audio", "answer": "text"}  # a modality's medium, as scorers' cards call it
 
 
 class Stopped(Exception):
@@ -157,8 +157,6 @@ class Studio:
         with self.lock:
             key = (entry.source, entry.user_layers)
             if key not in self._modalities:
-                from mmalign.commands import quiet_libraries
-
                 quiet_libraries()
                 self._modalities[key] = mmalign.load(entry.source, user_layers=entry.user_layers)
             modality = self._modalities[key]

@@ -130,6 +130,7 @@ def _audio_pairs(count: int, seed: int, split: str) -> list[Comparison]:
     from mmalign.media import make_sound
 
     rng, pairs = np.random.RandomState(seed), []
+    # The wrong ones are of `train`'s sets of kinds: within those of `pairs` there is seldom one without an event
     for i, piece in enumerate(sounds.random_pieces(count, 7000 + seed, split)):
         both = piece, sounds.random_piece(rng, sounds.astray(rng, piece.events, "train"))
         media = tuple(make_sound(sounds.render(one)[None], sounds.RATE) for one in both)

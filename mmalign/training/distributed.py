@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from mmalign import bundled, storage
 from mmalign.records import UserError
 from mmalign.surrogate import AnswerTokens
 from mmalign.training.run import Run
+
+NO_DEEPSPEED = "DeepSpeed's engine takes its steps inside of backward, which the training loop does not; take fsdp2."
 
 
 def launch(profile: str, processes: str | None, argv: Sequence[str]) -> int:
@@ -37,7 +38,7 @@ def launch(profile: str, processes: str | None, argv: Sequence[str]) -> int:
         argv: of `mmalign`.
 
     Raises:
-        UserError: no such profile or number, or the profile needs a package that is missing.
+        UserError: no such profile or number, or a profile of DeepSpeed.
     """
     import psutil
 
@@ -47,8 +48,8 @@ def launch(profile: str, processes: str | None, argv: Sequence[str]) -> int:
     count = str(max(1, torch.accelerator.device_count())) if processes is None else processes
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--num-processes {count}: give a whole number of 1 or more.")
-    if profile.startswith("zero") and not find_spec("deepspeed"):
-        raise UserError(f"--launcher {profile} needs deepspeed: pip install deepspeed, or take fsdp2.")
+    if profile.startswith("zero"):
+        raise UserError(f"--launcher {profile}: {NO_DEEPSPEED}")
     config = bundled("recipes") / "accelerate" / f"{profile}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", count, "--main_process_port", "0", "-m", "mmalign", *argv]
@@ -75,7 +76,7 @@ def start_sharding(run: Run, accelerator: Any) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError("DeepSpeed's engine takes its steps inside of backward, which this loop does not; take fsdp2.")
+        raise UserError(NO_DEEPSPEED)
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Of both: the one takes it from the other again and again

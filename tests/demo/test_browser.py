@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from playwright import sync_api as api  # it is installed for tests: only a missing browser is a reason to skip
 
 import mmalign
 from mmalign import embedded
@@ -36,7 +37,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if not CHROMIUM:
     warnings.warn("THE DEMO IS NOT TESTED IN A BROWSER: no Chromium on this machine; install it.", stacklevel=1)
     pytest.skip("no Chromium on this machine", allow_module_level=True)
-api = pytest.importorskip("playwright.sync_api")
 
 SIZES = {"wide": (1440, 900), "narrow": (390, 844)}  # a desktop, a telephone
 PATIENCE = 120  # seconds, for a machine that is busy
